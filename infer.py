@@ -1,0 +1,166 @@
+"""Generates text with a Mixture-of-Experts model whose experts do not fit on the device.
+
+    python infer.py --config=configs/mixtral.py                             the shipped model, experts in host memory
+    python infer.py --config=configs/mixtral.py --config.checkpoint=DIR     a Hugging Face directory, e.g. Mixtral-8x7B
+    python infer.py --config=configs/mixtral.py --prompt="def main(" --config.prefetch.predictor=router
+
+Any field of the configuration can be set as --config.FIELD=VALUE.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from moe_jax import cli
+from moe_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/mixtral.py", "Model, offload and prefetch configuration.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; repeat the flag to generate for several as one batch.")
+PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file whose whole text is one prompt; repeatable.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to generate for each prompt.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
+TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable tokens; 0 is off.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample in the nucleus of this probability; 1 is off.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
+CHAT = flags.DEFINE_bool("chat", False, "Treat prompts as user messages, with the checkpoint's chat template.")
+SYSTEM = flags.DEFINE_string("system", "", "System message, with --chat.")
+OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write outputs and metrics to this file.")
+TRACE = flags.DEFINE_string("trace", None, "Write everything that happened, as JSON lines, to this file.")
+
+DEFAULT_PROMPTS = ["And it came to pass in those days, that ", "def read_file(path, encoding="]
+
+
+def main() -> None:
+    prompts, chosen = read_prompts()
+    for flag in (OUTPUT_JSON, TRACE):
+        if flag.value and not Path(flag.value).absolute().parent.is_dir():
+            raise UserError(f"--{flag.name}={flag.value}: its folder does not exist")
+    if SYSTEM.value and not CHAT.value:
+        raise UserError("--system needs --chat")
+
+    from moe_jax.config import Config
+    from moe_jax.inference.sampling import Sampling
+    from moe_jax.inference.session import Model
+
+    config = Config.from_dict(CONFIG.value.to_dict())
+    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value)
+    if config.offload.tier == "none" and TRACE.value:
+        raise UserError("--trace records transfers and needs --config.offload.tier=host")
+    with cli.status("loading the model"):
+        model = Model(config)
+    describe(model, chosen)
+    with cli.status("compiling (the second run reads the compilation cache)"):
+        generation = model.start(prompts, MAX_NEW_TOKENS.value, sampling, SYSTEM.value if CHAT.value else None)
+    interrupted = stream(generation)
+    with cli.status("measuring the bounds"):
+        metrics = model.metrics(generation)
+    print_table(metrics, config.offload.link_gbps > 0)
+    if OUTPUT_JSON.value:
+        outputs = [vars(output) for output in generation.outputs]
+        document = {"config": CONFIG.value.to_dict(), "outputs": outputs, "metrics": metrics}
+        Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+    if TRACE.value:
+        model.engine.source.trace.save(TRACE.value)  # pyright: ignore[reportAttributeAccessIssue]
+    model.close()
+    if interrupted:
+        sys.exit(130)
+
+
+def read_prompts() -> tuple[list[str], bool]:
+    """Prompts from flags, files, or standard input; otherwise two of our own. The second value: did the user give any."""
+    prompts = list(PROMPT.value)
+    for name in PROMPT_FILE.value:
+        try:
+            prompts.append(Path(name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"--prompt_file={name}: no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt_file={name}: cannot be read as UTF-8 text ({error})") from None
+    if not prompts and not sys.stdin.isatty() and (text := sys.stdin.read()):
+        prompts.append(text)
+    return (prompts, True) if prompts else (DEFAULT_PROMPTS, False)
+
+
+def describe(model, chosen: bool) -> None:
+    """Says which model runs, and how its experts are kept."""
+    config, a = model.config, model.checkpoint.architecture
+    experts = a.num_layers * a.num_experts
+    kept = "all on the device"
+    if config.offload.tier != "none":
+        source = model.engine.source
+        kept = (
+            f"{experts * source.expert_bytes / 1e6:.1f} MB in {config.offload.tier} memory, a budget of"
+            f" {source.budget_bytes / 1e6:.1f} MB ({config.offload.device_budget}) on the device,"
+            f" predictor {config.prefetch.predictor}, policy {config.offload.policy}"
+        )
+    name = "the shipped model" if not config.checkpoint else config.checkpoint
+    print(f"{name}: {a.num_layers} layers, {a.num_experts} experts, {a.top_k} active; experts: {kept}")
+    if not config.checkpoint:
+        print("For another model: --config.checkpoint=DIR, a Hugging Face directory such as Mixtral-8x7B-v0.1")
+    if not chosen:
+        print("No prompt given (--prompt, --prompt_file or standard input): two of our own")
+
+
+def stream(generation) -> bool:
+    """Prints text as it comes; several prompts are printed whole, one after another. True if interrupted."""
+    live = len(generation.outputs) == 1
+    interrupted = False
+    if live:
+        print(f"\n{generation.outputs[0].prompt}", end="", flush=True)
+    try:
+        for _, piece in generation:
+            if live:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    if live:
+        print("\n")
+    else:
+        for index, output in enumerate(generation.outputs):
+            print(f"\n--- prompt {index + 1}\n{output.prompt}{output.text}")
+        print()
+    if interrupted:
+        print("interrupted: what follows covers the tokens so far\n")
+    return interrupted
+
+
+def print_table(metrics: dict, simulated: bool) -> None:
+    """Every number of the run, with its unit, for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    mark = " (simulated link)" if simulated else ""
+    ms = lambda s: "-" if s is None else f"{1e3 * s:.2f} ms"
+    pct = lambda x: "-" if x is None else f"{100 * x:.1f}%"
+    mb = lambda x: "-" if x is None else f"{x / 1e6:.3f} MB"
+    tpot, needed, moved = metrics["tpot_s"], metrics["needed"], metrics["bytes_per_token"]
+    rows = [
+        ("time to first token", ms(metrics["ttft_s"])),
+        ("time per output token, median / p90 / p99", " / ".join(ms(tpot[k]) for k in ("median", "p90", "p99")) + mark),
+        ("tokens per second, all prompts", "-" if metrics["tokens_per_s"] is None else f"{metrics['tokens_per_s']:.1f}"),
+        ("compilation, not in the times above", ms(metrics["compile_s"])),
+        (f"needed experts: {' / '.join(needed)}", " / ".join(map(pct, needed.values()))),
+        ("hit rate (cached + prefetched)", pct(metrics["hit_rate"])),
+        ("recall of the prediction one layer ahead", pct(metrics["recall"])),
+        ("ready recall (prefetched of those not cached)", pct(metrics["ready_recall"])),
+        (f"bytes per token: {' / '.join(moved)}", " / ".join(map(mb, moved.values()))),
+        ("waited for experts, per token", ms(metrics["stall_s_per_token"]) + mark),
+        ("predictor alone, per token", ms(metrics["predictor_s_per_token"])),
+        ("bound with perfect overlap, max(C, T)", ms(metrics["bound_overlap_s"]) + mark),
+        ("bound with none, C + T (LRU on demand)", ms(metrics["bound_serial_s"]) + mark),
+        ("overlap share", "-" if metrics["overlap_share"] is None else f"{metrics['overlap_share']:.2f}"),
+        ("peak expert bytes on the device / budget", f"{mb(metrics['peak_device_cache_bytes'])} / {mb(metrics['device_budget_bytes'])}"),
+        ("peak memory of the process", mb(metrics["peak_rss_bytes"])),
+    ]
+    table = Table(show_header=False)
+    for name, value in rows:
+        table.add_row(name.replace("_", " "), value)
+    console = Console()
+    Console(width=max(console.width, 110) if not console.is_terminal else None).print(table)
+
+
+if __name__ == "__main__":
+    cli.run(main)

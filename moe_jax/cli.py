@@ -1,0 +1,88 @@
+"""What every script shares: flags parsed with one-line errors, user mistakes without tracebacks, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import app, flags
+
+from moe_jax.errors import UserError
+
+# Copies above 32 MiB otherwise fault in fresh pages on every call; malloc reads these only before it starts.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses flags and runs `main()`. A mistake of the user ends in one line on stderr and exit code 2."""
+    if any(os.environ.get(name) is None for name in _MALLOC) and sys.platform == "linux":
+        os.environ.update({name: os.environ.get(name, value) for name, value in _MALLOC.items()})
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+    _use_compilation_cache()
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            fail(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
+        try:
+            main()
+        except UserError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _use_compilation_cache() -> None:
+    """Compiled executables persist between runs; JAX_COMPILATION_CACHE_DIR names another place."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "moe_jax", "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@contextlib.contextmanager
+def status(what: str) -> Iterator[None]:
+    """Shows on stderr that something is under way: a spinner on a terminal, one line elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+        yield
+
+
+def fail(message: str) -> None:
+    """Prints one line on stderr and exits with code 2."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(list(argv))
+    except flags.UnrecognizedFlagError as error:
+        close = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
+        fail(f"unknown flag --{error.flagname}" + (f"; did you mean --{close[0]}?" if close else "; see --help"))
+    except (flags.Error, UserError) as error:
+        fail(" ".join(str(error).split()))
+    except (AttributeError, KeyError) as error:
+        # ml_collections names the field it did not find and its nearest neighbour.
+        fail("unknown config field: " + re.sub(r"\s+", " ", str(error).strip("'\"")))
+    except (TypeError, ValueError) as error:
+        fail("bad config value: " + " ".join(str(error).split()))
+    except FileNotFoundError as error:
+        fail(f"config file {error.filename or error} not found")
+    raise AssertionError("unreachable")

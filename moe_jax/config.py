@@ -1,0 +1,129 @@
+"""Configuration of inference: frozen dataclasses, made once at the door from a ConfigDict and checked there."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, get_args, get_type_hints
+
+from moe_jax.errors import UserError
+
+# Accepted values by field. A value of the design that is missing here is not implemented yet.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "offload.tier": ("none", "host"),
+    "offload.policy": ("lru",),
+    "prefetch.predictor": ("none", "random", "frequency", "repeat", "router", "learned"),
+    "execution": ("exact",),
+    "dtype": ("float32", "bfloat16"),
+}
+# Smallest accepted value by field.
+_AT_LEAST = {
+    "offload.link_gbps": 0,
+    "prefetch.horizon": 1,
+    "max_seq_len": 0,
+    "prefill_chunk": 1,
+    "batch_size": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OffloadConfig:
+    """Where experts live and how many bytes of them the device holds.
+
+    Attributes:
+      tier: "none" keeps every expert on the device, "host" keeps them in host memory.
+      device_budget: bytes of experts on the device, in flight included: "25%" of all, "512MiB", or "auto".
+      policy: which expert leaves when the budget is full.
+      link_gbps: 0, or the rate in GB/s (1e9 bytes) of a *simulated* link that slows every copy down.
+    """
+
+    tier: str = "host"
+    device_budget: str = "25%"
+    policy: str = "lru"
+    link_gbps: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefetchConfig:
+    """Which experts are copied before they are asked for.
+
+    Attributes:
+      predictor: "none" copies on demand only.
+      horizon: layers ahead that the predictor scores, wrapping into the next token's first layers.
+      checkpoint: directory of a trained predictor; empty: the one shipped for the shipped model.
+    """
+
+    predictor: str = "learned"
+    horizon: int = 8
+    checkpoint: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a loaded model depends on. The defaults are those of `configs/mixtral.py`.
+
+    Attributes:
+      checkpoint: a Hugging Face directory; empty: the shipped model.
+      execution: "exact" runs the experts that the true router chose.
+      dtype: of the computation and the dense weights on the device.
+      max_seq_len: positions of the key/value cache per row; 0: as many as the model allows.
+      prefill_chunk: tokens of a prompt that go through a layer at once.
+      batch_size: most prompts that decode together.
+    """
+
+    checkpoint: str = ""
+    offload: OffloadConfig = dataclasses.field(default_factory=OffloadConfig)
+    prefetch: PrefetchConfig = dataclasses.field(default_factory=PrefetchConfig)
+    execution: str = "exact"
+    dtype: str = "float32"
+    max_seq_len: int = 0
+    prefill_chunk: int = 256
+    batch_size: int = 8
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """From a plain nested dictionary (a ConfigDict's `to_dict()`); fields not given keep their defaults.
+
+        Raises:
+          UserError: an unknown field, a value of the wrong type, out of range, or not among the accepted ones.
+        """
+        return _build(cls, values, "")
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if isinstance(values, cls):
+        values = dataclasses.asdict(values)  # checked like any other
+    if not isinstance(values, Mapping):
+        raise UserError(f"config.{prefix.rstrip('.')} must be a group of fields, not {values!r}")
+    hints = get_type_hints(cls)
+    built = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"unknown config field {prefix}{name}{suggestion(str(name), hints)}")
+        nested = dataclasses.is_dataclass(hints[name])
+        check = _build if nested else _check
+        built[name] = check(hints[name], value, f"{prefix}{name}" + ("." if nested else ""))
+    return cls(**built)
+
+
+def _check(kind: type, value: Any, field: str) -> Any:
+    """The value of one field, of type `kind` (an integer is also a float)."""
+    assert not get_args(kind), f"{field}: only plain types are checked"
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"config.{field} must be of type {kind.__name__}, not {value!r}")
+    if field in _CHOICES and value not in _CHOICES[field]:
+        accepted = _CHOICES[field]
+        raise UserError(f"config.{field}={value!r} is not one of {', '.join(accepted)}{suggestion(value, accepted)}")
+    if field in _AT_LEAST and not (value >= _AT_LEAST[field] and math.isfinite(value)):
+        raise UserError(f"config.{field} must be at least {_AT_LEAST[field]}, not {value}")
+    return value
+
+
+def suggestion(word: str, known: Any) -> str:
+    """`; did you mean X?` when a known word is near, otherwise the empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

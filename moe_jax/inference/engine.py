@@ -1,0 +1,279 @@
+"""Prefill and decode over any `ExpertSource`. See the diagram of one decode step in the README.
+
+Shapes depend on the model and the request alone (batch, prompt length, routing), never on where experts happen to be:
+that, and an output slot of its own for every (token, expert) pair, is what makes offloaded logits bitwise equal to
+resident ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.errors import UserError
+from moe_jax.inference.grouping import arities, assign, bucket, unique_in_order
+from moe_jax.model.architecture import Architecture
+from moe_jax.model.decoder import KVCache, Routed, Stages
+from moe_jax.model.experts import ExpertSource, ExpertWeights
+from moe_jax.prediction.predictors import Features
+
+SMALL_CHUNK = 32
+Sink = Callable[[int, int, Routed], None]
+"""Receives (layer, chunk, Routed) during prefill; rows are [B, Tc] flattened."""
+
+
+@dataclasses.dataclass
+class DecodeState:
+    """Everything a running batch carries from step to step."""
+
+    kv: KVCache
+    rope: jax.Array  # [S, 2, H / 2]
+    lengths: np.ndarray  # int32 [B]: positions filled; the next token of a row goes to this position
+    active: np.ndarray  # bool [B]: rows still generating
+    predictor: Any = None  # the predictor's own state
+    step: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.kv[0][0].shape[1]
+
+
+@dataclasses.dataclass
+class Record:
+    """Routing of a run, as the decode loop saw it; decode lists have one entry per step and layer."""
+
+    prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per layer
+    needed: list[list[int]] = dataclasses.field(default_factory=list)
+    ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B, K]
+    predicted: list[np.ndarray] = dataclasses.field(default_factory=list)  # float32 [E], for the layer after
+    active: list[np.ndarray] = dataclasses.field(default_factory=list)  # bool [B], per step
+    lengths: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B], per step
+
+
+class Engine:
+    """Runs a model whose dense weights are on the device and whose experts come from `source`.
+
+    Args:
+      stages: the jitted stages of the architecture.
+      dense: device pytree of `layers.Decoder` in the compute dtype.
+      source: where experts come from.
+      predictor: a predictor with its parameters, or None.
+      prefill_chunk: token rows of one prefill chunk (over all prompts of the batch).
+      max_seq_len: most positions of a row, prompt and new tokens together.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        dense: Any,
+        source: ExpertSource,
+        predictor: tuple[Any, Any, Any] | None = None,
+        prefill_chunk: int = 256,
+        max_seq_len: int | None = None,
+    ):
+        self.stages, self.dense, self.source = stages, dense, source
+        self.architecture: Architecture = stages.architecture
+        self.prefill_chunk = prefill_chunk
+        self.max_seq_len = max_seq_len or self.architecture.max_seq_len
+        self.predictor, self.spec, self.predictor_params = predictor or (None, None, None)
+        if self.predictor is not None:
+            self._predict = jax.jit(self._predict_fn)
+        self.record: Record | None = None
+        self._single = [np.zeros((size, 1), np.int32) for size in range(9)]
+
+    # ---- prefill -----------------------------------------------------------------------------------------------
+
+    def shapes(self, prompt_lengths: Sequence[int], new_tokens: int) -> tuple[int, int, int]:
+        """(B, tokens per row and chunk, cache capacity) of a request; powers of two, so that executables are few.
+
+        Raises:
+          UserError: a prompt is empty or does not fit the context.
+        """
+        longest = max(prompt_lengths)
+        if min(prompt_lengths) < 1:
+            raise UserError("the prompt is empty; give at least one token")
+        if longest >= self.max_seq_len:
+            raise UserError(
+                f"the prompt has {longest} tokens and leaves no room to generate in a context of {self.max_seq_len};"
+                " shorten it, or raise --config.max_seq_len if the model allows"
+            )
+        batch = _power_of_two(len(prompt_lengths))
+        small, large = (max(1, rows // batch) for rows in (SMALL_CHUNK, self.prefill_chunk))
+        capacity = min(max(_power_of_two(longest + new_tokens), 64), max(self.max_seq_len, 64))
+        return batch, small if longest <= small else large, capacity
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, sink: Sink | None = None
+    ) -> tuple[jax.Array, DecodeState]:
+        """Runs the prompts, layer by layer over chunks, so that each layer's experts are fetched once.
+
+        Args:
+          prompts: token ids of each row, at most `max_seq_len - 1` of them.
+          new_tokens: decode steps to make room for.
+          sink: receives every layer's `Routed` (activation logging).
+
+        Returns:
+          Float32 logits [B, V] after each prompt's last token (B a power of two; rows past the prompts are padding),
+          and the state to decode from.
+        """
+        B, Tc, S = self.shapes([len(p) for p in prompts], new_tokens)
+        a, stages = self.architecture, self.stages
+        lengths = np.zeros(B, np.int32)
+        lengths[: len(prompts)] = [len(p) for p in prompts]
+        chunks = -(-int(lengths.max()) // Tc)
+        tokens = np.zeros((B, chunks * Tc), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        positions = np.broadcast_to(np.arange(chunks * Tc, dtype=np.int32), tokens.shape)
+        real = positions < lengths[:, None]
+        split = lambda x: [np.ascontiguousarray(x[:, c * Tc : (c + 1) * Tc]) for c in range(chunks)]
+        active = [mask.reshape(-1) for mask in split(real)]
+        device_positions = [jnp.asarray(p) for p in split(positions)]
+
+        state = DecodeState(stages.kv_cache(B, S), stages.rope(S), lengths, lengths > 0)
+        x = [stages.embed(self.dense, chunk) for chunk in split(tokens)]
+        ids_by_layer = []
+        self.source.begin_token(-1)
+        for layer in range(a.num_layers):
+            routed = []
+            for c in range(chunks):
+                weights = self.dense["layers"][layer]
+                out, state.kv[layer] = stages.route(weights, state.rope, x[c], device_positions[c], state.kv[layer])
+                routed.append(out)
+                if sink:
+                    sink(layer, c, out)
+            ids = [np.asarray(r.ids) for r in routed]
+            ids_by_layer.append(np.concatenate([i.reshape(B, Tc, -1) for i in ids], axis=1))
+            outputs = [r.outputs for r in routed]
+            needed = unique_in_order(np.concatenate(ids), np.concatenate(active))
+            order = self.source.request(layer, needed)
+            if self.record:
+                self.record.prefill_needed.append(needed)
+            # Every prompt of some length needs nearly all experts: the next layer's follow behind this one's.
+            self.source.offer(layer, np.full((1, a.num_experts), min(1.0, len(needed) / a.num_experts), np.float32))
+            for expert in order:
+                after, weights = None, self.source.take(layer, [expert])
+                for c in range(chunks):
+                    if (hit := (ids[c] == expert) & active[c][:, None]).any():
+                        rows, slots = assign(ids[c], active[c] & hit.any(1), [expert], B * Tc)
+                        outputs[c], after = stages.experts(outputs[c], routed[c].h, rows, slots, weights)
+                assert after is not None
+                self.source.release(layer, [expert], after)
+            x = [stages.combine(r.residual, o, r.gates, xc) for r, o, xc in zip(routed, outputs, x, strict=True)]
+
+        last = np.maximum(lengths - 1, 0)
+        logits = None
+        for c in sorted({int(p) // Tc for p in last[lengths > 0]}):
+            here = stages.head(self.dense, x[c], np.where(last // Tc == c, last % Tc, 0).astype(np.int32))
+            logits = here if logits is None else jnp.where((last // Tc == c)[:, None], here, logits)
+        assert logits is not None
+        if self.predictor is not None:
+            state.predictor = self.predictor.prime(self.spec, np.where(real[None, :, :, None], ids_by_layer, -1))
+        return logits, state
+
+    # ---- decode ------------------------------------------------------------------------------------------------
+
+    def decode(self, tokens: jax.Array | np.ndarray, state: DecodeState) -> jax.Array:
+        """One step: tokens int32 [B] enter at each row's position; returns float32 logits [B, V]. Updates `state`."""
+        stages = self.stages
+        positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None]  # inactive: no write
+        x = stages.embed(self.dense, tokens[:, None])
+        self.source.begin_token(state.step)
+        if self.record:
+            self.record.active.append(state.active)
+            self.record.lengths.append(state.lengths)
+        for layer in range(self.architecture.num_layers):
+            routed, state.kv[layer] = stages.route(
+                self.dense["layers"][layer], state.rope, x, positions, state.kv[layer]
+            )
+            predicted = self._start_prediction(layer, routed, state)
+            outputs = self._run_layer(layer, routed, np.asarray(routed.ids), state.active)
+            x = stages.combine(routed.residual, outputs, routed.gates, x)
+            if predicted is not None:
+                # Read after this layer's experts are dispatched: the demand never waits for the predictor.
+                probabilities = np.asarray(predicted)
+                self.source.offer(layer, probabilities)
+                if self.record:
+                    self.record.predicted.append(probabilities[0])
+        state.lengths = state.lengths + state.active
+        state.step += 1
+        return stages.head(self.dense, x, np.zeros(x.shape[0], np.int32))
+
+    def _run_layer(self, layer: int, routed: Routed, ids: np.ndarray, active: np.ndarray) -> jax.Array:
+        outputs, top_k = routed.outputs, self.architecture.top_k
+        single = ids.shape[0] == 1
+        needed = ids[0].tolist() if single else unique_in_order(ids, active)
+        if self.record:
+            self.record.needed.append(needed)
+            self.record.ids.append(ids)
+        rank = {expert: i for i, expert in enumerate(self.source.request(layer, needed))}
+        groups, start = [], 0
+        for size in arities(len(needed), top_k):
+            groups.append((start, needed[start : start + size]))
+            start += size
+        groups.sort(key=lambda group: max(rank[expert] for expert in group[1]))  # resident groups first
+        for start, group in groups:
+            weights = self.source.take(layer, group)
+            if single:
+                rows, slots = self._single[len(group)], np.arange(start, start + len(group), dtype=np.int32)[:, None]
+            else:
+                rows, slots = assign(ids, active, group, ids.shape[0])
+            outputs, after = self.stages.experts(outputs, routed.h, rows, slots, weights)
+            self.source.release(layer, group, after)
+        return outputs
+
+    def _start_prediction(self, layer: int, routed: Routed, state: DecodeState) -> jax.Array | None:
+        if self.predictor is None:
+            return None
+        features = Features(np.int32(layer), routed.residual, routed.logits, routed.ids, routed.gates)
+        predicted, state.predictor = self._predict(self.predictor_params, state.predictor, features, state.active)
+        return predicted
+
+    def _predict_fn(self, params, state, features, active):
+        assert self.predictor is not None
+        probability, state = self.predictor.apply(params, state, features)  # [B, H, E]
+        # P(some row needs the expert), rows taken as independent.
+        return 1 - jnp.prod(jnp.where(active[:, None, None], 1 - probability, 1.0), axis=0), state
+
+    # ---- compilation -------------------------------------------------------------------------------------------
+
+    def compile(self, prompt_lengths: Sequence[int], new_tokens: int, example: ExpertWeights) -> float:
+        """Compiles (or loads from the persistent cache) everything the request can need; returns seconds.
+
+        Args:
+          prompt_lengths, new_tokens: the request.
+          example: an expert of the right shapes and dtype.
+        """
+        began = time.perf_counter()
+        B, Tc, S = self.shapes(prompt_lengths, new_tokens)
+        stages, a = self.stages, self.architecture
+        rope = stages.rope(S)
+        for T, decoding in ((Tc, False), (1, True)):
+            x = stages.embed(self.dense, np.zeros((B, T), np.int32))
+            kv = stages.kv_cache(B, S)[0]
+            routed, _ = stages.route(self.dense["layers"][0], rope, x, np.zeros((B, T), np.int32), kv)
+            outputs = routed.outputs
+            for arity in sorted(set(arities(a.top_k, a.top_k)) | {1, 2, 4, 8}) if decoding else (1,):
+                if arity > a.top_k:
+                    continue
+                for size in sorted({bucket(n, B * T) for n in range(1, B * T + 1)}):
+                    rows, slots = np.zeros((arity, size), np.int32), np.full((arity, size), B * T * a.top_k, np.int32)
+                    outputs, _ = stages.experts(outputs, routed.h, rows, slots, (example,) * arity)
+            x = stages.combine(routed.residual, outputs, routed.gates, x)
+            stages.head(self.dense, x, np.zeros(B, np.int32)).block_until_ready()
+        if self.predictor is not None:
+            ids = np.zeros((a.num_layers, B, 1, a.top_k), np.int32)
+            state = self.predictor.prime(self.spec, ids)
+            features = Features(np.int32(0), routed.residual, routed.logits, routed.ids, routed.gates)
+            self._predict(self.predictor_params, state, features, np.ones(B, bool))
+        return time.perf_counter() - began
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,55 @@
+"""Which token rows go to which expert call. Depends on the routing alone, never on residency or timing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MAX_ARITY = 8
+
+
+def bucket(count: int, limit: int) -> int:
+    """Rows of one expert call: a power of four times two (2, 8, 32, ...) or 1, at most `limit`; few executables."""
+    size = 1
+    while size < count:
+        size = 2 if size == 1 else size * 4
+    return min(size, limit)
+
+
+def arities(count: int, top_k: int) -> list[int]:
+    """Splits `count` experts into calls of 1, 2, 4 or 8, none larger than K: K experts always fit the budget."""
+    sizes, arity = [], MAX_ARITY
+    while count:
+        while arity > min(count, top_k):
+            arity //= 2
+        sizes.append(arity)
+        count -= arity
+    return sizes
+
+
+def unique_in_order(ids: np.ndarray, active: np.ndarray) -> list[int]:
+    """Experts of the active rows in router order, int [R, K] and bool [R]: each once, by first appearance."""
+    return list(dict.fromkeys(ids[active].ravel().tolist()))
+
+
+def assign(ids: np.ndarray, active: np.ndarray, experts: Sequence[int], limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and output slots of a group of experts, as `run_experts` takes them.
+
+    Args:
+      ids: int [R, K], the router's choice; active: bool [R], rows that count.
+      experts: the A experts of the call.
+      limit: largest bucket.
+
+    Returns:
+      rows and slots, int32 [A, b], padded with 0 and R * K.
+    """
+    R, K = ids.shape
+    found = [np.nonzero((ids == expert) & active[:, None]) for expert in experts]
+    size = bucket(max(len(row) for row, _ in found), limit)
+    rows = np.zeros((len(experts), size), np.int32)
+    slots = np.full((len(experts), size), R * K, np.int32)
+    for a, (row, choice) in enumerate(found):
+        rows[a, : len(row)] = row
+        slots[a, : len(row)] = row * K + choice
+    return rows, slots

@@ -1,0 +1,41 @@
+"""Every expert on the device: the reference that offloaded execution must equal bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from moe_jax.checkpoint.hf import HFCheckpoint
+from moe_jax.model.experts import ExpertWeights
+
+
+class ResidentExperts:
+    """An `ExpertSource` that holds all experts, loaded straight from the checkpoint."""
+
+    def __init__(self, checkpoint: HFCheckpoint):
+        a = checkpoint.architecture
+        self._experts = [
+            [ExpertWeights(*map(jax.device_put, checkpoint.expert(layer, e))) for e in range(a.num_experts)]
+            for layer in range(a.num_layers)
+        ]
+
+    def begin_token(self, token: int) -> None:
+        pass
+
+    def request(self, layer: int, experts: Sequence[int]) -> list[int]:
+        return list(experts)
+
+    def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
+        row = self._experts[layer]
+        return tuple([row[expert] for expert in experts])
+
+    def release(self, layer: int, experts: Sequence[int], after: jax.Array) -> None:
+        pass
+
+    def offer(self, layer: int, probabilities: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

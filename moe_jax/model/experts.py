@@ -1,0 +1,81 @@
+"""Expert compute, and the interface through which a decoder gets expert weights wherever they live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.model.layers import linear
+
+Key = tuple[int, int]
+"""(layer, expert): the unit of residency."""
+
+
+class ExpertWeights(NamedTuple):
+    """One expert in the checkpoint's own dtype and `[out, in]` layout."""
+
+    gate_up: jax.Array  # [2F, D]: gate rows, then up rows
+    down: jax.Array  # [D, F]
+
+
+class ExpertSource(Protocol):
+    """Where the decode loop gets experts from: all resident, or through a byte budget."""
+
+    def begin_token(self, token: int) -> None:
+        """A decode step, or the prefill (token -1), starts."""
+        ...
+
+    def request(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """States every expert that `layer` needs now, in router order; misses are demanded at once.
+
+        Returns the same experts in the order in which they are best run: resident ones first.
+        """
+        ...
+
+    def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
+        """Blocks until these experts, at most K, are on the device, and pins them."""
+        ...
+
+    def release(self, layer: int, experts: Sequence[int], after: jax.Array) -> None:
+        """Unpins them; `after` is ready once the last computation that uses them has completed."""
+        ...
+
+    def offer(self, layer: int, probabilities: np.ndarray) -> None:
+        """Predicted P(needed), float32 [horizon, E], for layers `layer + 1, ...`, wrapping into the next token."""
+        ...
+
+    def close(self) -> None:
+        """Stops background work. The source is unusable afterwards."""
+        ...
+
+
+def swiglu(x: jax.Array, weights: ExpertWeights) -> jax.Array:
+    """One SwiGLU expert (arXiv 2002.05202) on rows x [R, D], computed in x's dtype; gives [R, D]."""
+    gate, up = jnp.split(linear(x, weights.gate_up.astype(x.dtype)), 2, axis=-1)
+    return linear(jax.nn.silu(gate) * up, weights.down.astype(x.dtype))
+
+
+def run_experts(
+    outputs: jax.Array, h: jax.Array, rows: jax.Array, slots: jax.Array, weights: tuple[ExpertWeights, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Runs A experts, each on its own token rows; every (token, choice) pair owns one output slot.
+
+    As each output has a slot of its own, experts may run in any order and grouping without changing a bit.
+
+    Args:
+      outputs: slots of all (token, choice) pairs, [R * K, D], slot r * K + k; donated.
+      h: normalised residual, [R, D].
+      rows: int32 [A, b], token rows of each expert, padded with 0.
+      slots: int32 [A, b], where each row's output goes, padded with R * K (written nowhere).
+      weights: the A experts.
+
+    Returns:
+      The updated slots, and a scalar that is ready exactly when this computation has completed.
+    """
+    for a, expert in enumerate(weights):
+        outputs = outputs.at[slots[a]].set(swiglu(h[rows[a]], expert), mode="drop")
+    return outputs, outputs[0, 0]

@@ -1,0 +1,59 @@
+"""Banks hold every expert off the device. `HostBank`: one pinned_host array per expert part."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from moe_jax.model.architecture import Architecture
+from moe_jax.model.experts import ExpertWeights, Key
+
+
+class Bank(Protocol):
+    """What a loader needs of a bank."""
+
+    expert_bytes: int
+
+    def copy(self, key: Key) -> ExpertWeights:
+        """Starts a copy of one expert into new device arrays and returns them; they may not be ready yet."""
+        ...
+
+
+class Checkpoint(Protocol):
+    """What a bank needs of a checkpoint; `checkpoint.hf.HFCheckpoint` is one."""
+
+    architecture: Architecture
+
+    def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray]:
+        """gate_up [2F, D] and down [D, F] in the checkpoint's dtype, read once."""
+        ...
+
+
+class HostBank:
+    """Every expert as pinned_host arrays in the checkpoint's own dtype."""
+
+    def __init__(self, checkpoint: Checkpoint, device: jax.Device | None = None):
+        """Reads expert after expert, so that beside the bank never more than one exists. `device`: default the first."""
+        device = device or jax.devices()[0]
+        host = SingleDeviceSharding(device, memory_kind="pinned_host")
+        self._device = SingleDeviceSharding(device, memory_kind="device")
+        self._experts: dict[Key, ExpertWeights] = {}
+        architecture = checkpoint.architecture
+        for layer in range(architecture.num_layers):
+            for expert in range(architecture.num_experts):
+                # Waiting lets go of the numpy arrays before the next are read.
+                arrays = jax.block_until_ready(jax.device_put(list(checkpoint.expert(layer, expert)), host))
+                self._experts[layer, expert] = ExpertWeights(*arrays)
+        self.expert_bytes = sum(array.nbytes for array in self._experts[0, 0])
+        self.total_bytes = self.expert_bytes * len(self._experts)
+
+    def get(self, key: Key) -> ExpertWeights:
+        """The pinned_host arrays of one expert."""
+        return self._experts[key]
+
+    def copy(self, key: Key) -> ExpertWeights:
+        """Starts a real copy into new device arrays; one call for all parts halves the price of each."""
+        return ExpertWeights(*jax.device_put(list(self._experts[key]), self._device))

@@ -1,0 +1,107 @@
+"""Copies issued by the decode thread itself: for accelerators, whose copies run beside compute without a thread."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+
+from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.offload.loader import Loader
+from moe_jax.offload.threaded import _wait_for
+from moe_jax.trace import Cause
+
+
+class InlineLoader(Loader):
+    """Issues asynchronous copies in `request`, `offer` and `take`: that is, before the computation they hide behind.
+
+    Copies run in the order of issue, so that speculation may queue behind the demands of this layer.
+    """
+
+    def __init__(self, *args: Any, quota_bytes: int = 0, **kwargs: Any):
+        """`quota_bytes`: speculative bytes in flight at most; one expert is always allowed."""
+        super().__init__(*args, **kwargs)
+        self._guesses = max(1, quota_bytes // self.store.expert_bytes)
+        self._flights: dict[Key, tuple[ExpertWeights, float]] = {}  # arrays, and not to be noticed before this time
+        self._link_free = 0.0
+
+    def close(self) -> None:
+        """Waits for nothing: arrays in flight are dropped."""
+        super().close()
+        self._flights.clear()
+
+    def _kick(self) -> None:
+        self._poll()
+        self._starved = False
+        while (key := self._next_demand()) is not None:
+            self.store.settle()
+            if not self.store.has_room():
+                victim = self._victim_for(key)
+                # Never waits here: what cannot be issued now is issued by `take`.
+                if victim is None or self.store.draining or not self.store.resident[victim].idle():
+                    self._starved = True
+                    return
+                self._evict(victim)
+            self._issue(key, "demand")
+        while self._guesses > sum(load.cause == "speculative" for load in self.store.in_flight.values()):
+            guess = self._speculation()
+            if guess is None:
+                return
+            self._issue(guess, "speculative")
+
+    def _obtain(self) -> None:
+        while True:
+            self._poll()
+            self._raise_failures()
+            if all(key in self.store.resident for key in self._wanted):
+                return
+            key = self._next_demand()
+            if key not in self._wanted:  # all are on their way
+                self._land(next(key for key in self._wanted if key in self._flights))
+                continue
+            self.store.settle()
+            if self.store.has_room():
+                self._issue(key, "demand")
+            elif self.store.draining:
+                _wait_for(self.store.draining[0].uses)
+            elif (victim := self._victim_for(key)) is not None:
+                self._evict(victim)
+            else:
+                self._land(next(key for key in self._flights if key not in self._wanted))
+
+    def _issue(self, key: Key, cause: Cause) -> None:
+        load = self._start(key, cause)
+        try:
+            weights = self._bank.copy(key)
+        except Exception as error:
+            self._fail(key, error)
+            return
+        ready = 0.0
+        if self._link_s or self._delay:
+            ready = max(self._link_free, load.t_issue) + self._link_s + (self._delay(key) if self._delay else 0.0)
+            self._link_free = ready
+        self._flights[key] = weights, ready
+
+    def _poll(self) -> None:
+        if not self._flights:
+            return
+        now = time.perf_counter()
+        for key in [key for key, (weights, at) in self._flights.items() if at <= now and _all_ready(weights)]:
+            self._land(key)
+
+    def _land(self, key: Key) -> None:
+        """Waits for a copy in flight, and books its arrival."""
+        weights, at = self._flights[key]
+        time.sleep(max(0.0, at - time.perf_counter()))
+        try:
+            jax.block_until_ready(weights)
+        except Exception as error:
+            del self._flights[key], weights
+            self._fail(key, error)
+            return
+        self._arrive(key, self._flights.pop(key)[0])
+
+
+def _all_ready(weights: ExpertWeights) -> bool:
+    return all(array.is_ready() for array in weights)

@@ -1,0 +1,262 @@
+"""`Loader`: decides what moves when. What is common to both ways of issuing copies.
+
+Demand comes before speculation; speculation happens only where no demand is queued. Nothing issued can be cancelled or
+overtaken, so at most one speculative copy is in flight. Who may be evicted:
+
+    for an expert that `take` blocks on       anything unpinned that this `take` does not want; of the experts that the
+                                              current request still waits to take, only if there is nothing else
+    for any other demanded expert             unpinned, and not among those still to be taken
+    for a speculated one                      the same, idle, and expected to be worth less than it
+
+What a `take` wants and what is pinned together never exceed the budget (checked), every copy ends, and computations end
+by themselves: so each `take` ends too, at every budget.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.offload.bank import Bank
+from moe_jax.offload.outlook import Outlook
+from moe_jax.offload.store import ArrayStore
+from moe_jax.trace import Cause, Load, Outcome, Trace
+
+
+class LoadError(RuntimeError):
+    """A copy to the device failed; names the expert. Taking the expert again tries again."""
+
+
+class Loader:
+    """Base of `ThreadLoader` and `InlineLoader`. One decode thread calls it; that thread may be interrupted anywhere.
+
+    Attributes:
+      trace: where loads are recorded; may be replaced between tokens.
+      store: the books; read them, do not write.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        store: ArrayStore,
+        outlook: Outlook,
+        *,
+        link_gbps: float = 0.0,
+        delay: Callable[[Key], float] | None = None,
+    ):
+        """
+        Args:
+          link_gbps: a simulated link of so many 10^9 bytes per second; 0: as fast as it goes.
+          delay: seconds that the arrival of an expert is held up (tests).
+        """
+        self.trace = Trace()
+        self.store = store
+        self._bank, self._outlook, self._delay = bank, outlook, delay
+        self._link_s = store.expert_bytes / (link_gbps * 1e9) if link_gbps else 0.0
+        self._lock = threading.Lock()
+        self._closed = False
+        self._starved = False  # a demand waits until something is released
+        self._demand: dict[Key, None] = {}  # demanded, not issued, oldest first
+        self._pending: dict[Key, None] = {}  # of the current request, not taken yet
+        self._wanted: dict[Key, None] = {}  # what a `take` blocks on
+        self._failures: dict[Key, LoadError] = {}
+        self._layer = 0
+        self._layer_s = self._copy_s = 0.0  # moving averages; 0: unknown
+        self._last_request = self._stalled = 0.0
+
+    # Called by the decode thread.
+
+    def request(self, layer: int, keys: Sequence[Key]) -> list[Outcome]:
+        """`layer` needs these distinct keys; misses are queued at once. Replaces the request before."""
+        with self._lock:
+            self._check_usable()
+            self._poll()
+            self._clock(time.perf_counter())
+            self._layer = layer
+            self._outlook.passed(layer)
+            self._pending = dict.fromkeys(keys)
+            self._demand.clear()
+            self._failures.clear()
+            outcomes = [self._classify(key) for key in keys]
+            for key in keys:
+                self.store.use(key)
+            if self._demand:
+                self._kick()
+        return outcomes
+
+    def take(self, keys: Sequence[Key]) -> tuple[tuple[ExpertWeights, ...], float]:
+        """Blocks until all keys are on the device, and pins them; returns them and the seconds blocked.
+
+        Raises:
+          LoadError: a copy failed.
+          RuntimeError: more is taken than the budget holds beside what is pinned, or the loader is closed.
+        """
+        stall = 0.0
+        with self._lock:
+            resident = self.store.resident
+            if self._closed or not all(key in resident for key in keys):
+                self._check_usable()
+                began = time.perf_counter()
+                self._wanted = dict.fromkeys(keys)
+                try:
+                    self._check_possible()
+                    self._obtain()
+                finally:
+                    self._wanted = {}
+                stall = time.perf_counter() - began
+                self._stalled += stall
+            for key in keys:
+                self._pending.pop(key, None)
+            return tuple([self.store.pin(key) for key in keys]), stall
+
+    def release(self, keys: Sequence[Key], after: jax.Array) -> None:
+        """Unpins what was taken; it is in use until `after` is ready."""
+        with self._lock:
+            for key in keys:
+                self.store.unpin(key, after)
+            if self._starved:
+                self._kick()
+
+    def offer(self, layer: int, probabilities: np.ndarray) -> None:
+        """Predictions float32 [H, E] for the layers after `layer`."""
+        with self._lock:
+            self._outlook.offer(layer, probabilities)
+            self._kick()
+
+    def unpin_all(self) -> None:
+        """Forgets the pins of a step that was interrupted between `take` and `release`."""
+        with self._lock:
+            self.store.unpin_all()
+
+    def close(self) -> None:
+        """Stops, and drops every expert. May be called again."""
+        with self._lock:
+            self._closed = True
+            self.store.resident.clear()
+            self.store.draining.clear()
+
+    # What the two ways of issuing differ in. All are called under the lock.
+
+    def _kick(self) -> None:
+        """There may be something to issue."""
+        raise NotImplementedError
+
+    def _obtain(self) -> None:
+        """Blocks until everything in `_wanted` is resident, or raises."""
+        raise NotImplementedError
+
+    def _poll(self) -> None:
+        """Notices copies that have arrived, where nobody else does."""
+
+    # Shared parts, under the lock.
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise RuntimeError("the expert source is closed")
+
+    def _check_possible(self) -> None:
+        others = sum(entry.pins > 0 for key, entry in self.store.resident.items() if key not in self._wanted)
+        if others + len(self._wanted) > self.store.capacity:
+            raise RuntimeError(
+                f"{len(self._wanted)} experts are taken while {others} are not released;"
+                f" the device budget holds {self.store.capacity}"
+            )
+
+    def _clock(self, now: float) -> None:
+        """Moving average of the time between requests, time blocked left out."""
+        if self._last_request:
+            gap = max(now - self._last_request - self._stalled, 0.0)
+            self._layer_s = gap if not self._layer_s else 0.9 * self._layer_s + 0.1 * gap
+        self._last_request, self._stalled = now, 0.0
+
+    def _classify(self, key: Key) -> Outcome:
+        entry = self.store.resident.get(key)
+        if entry is not None:
+            return "prefetched" if entry.load.cause == "speculative" and not entry.load.used else "cached"
+        load = self.store.in_flight.get(key)
+        if load is not None:
+            return "late" if load.cause == "speculative" else "missed"
+        self._demand[key] = None
+        return "missed"
+
+    def _next_demand(self) -> Key | None:
+        for key in self._wanted:
+            if not self.store.holds(key) and key not in self._failures:
+                return key
+        return next(iter(self._demand), None)
+
+    def _evictable(self, pending_too: bool) -> dict[Key, None]:
+        return {
+            key: None
+            for key, entry in self.store.resident.items()
+            if not entry.pins and key not in self._wanted and (pending_too or key not in self._pending)
+        }
+
+    def _victim_for(self, key: Key) -> Key | None:
+        """What a demanded expert may evict, by the rules above."""
+        candidates = self._evictable(False) or (self._evictable(True) if key in self._wanted else {})
+        return self.store.victim(candidates) if candidates else None
+
+    def _speculation(self) -> Key | None:
+        """The expert most worth a speculative copy, with room made for it, if there is one."""
+        best = self._outlook.best(self._layer, self._copy_s / self._layer_s if self._layer_s else 0.0)
+        if best is None:
+            return None
+        key, value = best
+        self.store.settle()
+        if not self.store.has_room():
+            # Only idle ones: waiting for a computation would hold up a demand that comes meanwhile.
+            worse = self._outlook.below(self._evictable(False), value)
+            candidates = {key: None for key in worse if self.store.resident[key].idle()}
+            if not candidates or self.store.draining:
+                return None
+            self._evict(self.store.victim(candidates))
+        return key
+
+    def _evict(self, key: Key) -> None:
+        self.store.evict(key)
+        self._outlook.hold(key, False)
+        if key in self._pending:
+            self._demand[key] = None
+
+    def _start(self, key: Key, cause: Cause) -> Load:
+        """Books a copy; the caller issues it."""
+        load = Load(*key, cause, self.store.expert_bytes, self.trace.token, time.perf_counter())
+        self.store.begin(key, load)
+        self._demand.pop(key, None)
+        self._outlook.hold(key, True)
+        if cause == "speculative":
+            self.store.use(key)
+        self.trace.loads.append(load)
+        self.trace.peak_bytes = max(self.trace.peak_bytes, self.store.used_bytes)
+        return load
+
+    def _arrive(self, key: Key, weights: ExpertWeights) -> None:
+        load = self.store.in_flight[key]
+        self.store.commit(key, weights)
+        load.t_done = time.perf_counter()
+        took = load.t_done - load.t_issue
+        self._copy_s = took if not self._copy_s else 0.9 * self._copy_s + 0.1 * took
+
+    def _fail(self, key: Key, error: Exception) -> None:
+        """A demanded expert's failure waits for its `take`; a speculated one's is forgotten, and not tried again soon."""
+        # The frames of the traceback may hold the arrays; their memory must be free when the bytes stop counting.
+        traceback.clear_frames(error.__traceback__)
+        self.store.abort(key)
+        self._outlook.hold(key, False)
+        self._outlook.forget(key)
+        if key in self._pending or key in self._wanted:
+            failure = LoadError(f"copying layer {key[0]} expert {key[1]} to the device failed: {error}")
+            failure.__cause__ = error
+            self._failures[key] = failure
+
+    def _raise_failures(self) -> None:
+        for key in self._wanted:
+            if key in self._failures:
+                raise self._failures.pop(key)

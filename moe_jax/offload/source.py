@@ -1,0 +1,163 @@
+"""`OffloadedExperts`: the expert source whose experts live off the device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+
+from moe_jax.errors import UserError
+from moe_jax.model.architecture import Architecture
+from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.offload.bank import Bank
+from moe_jax.offload.inline import InlineLoader
+from moe_jax.offload.loader import Loader
+from moe_jax.offload.outlook import Outlook
+from moe_jax.offload.policies import LRU, Eviction
+from moe_jax.offload.store import ArrayStore
+from moe_jax.offload.threaded import ThreadLoader
+from moe_jax.trace import Trace
+
+Mode = Literal["thread", "inline"]
+
+BUDGET_FLAG = "--config.offload.device_budget"
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def issue_mode(platform: str) -> Mode:
+    """Who issues copies on this backend.
+
+    CPU: a thread, because device_put computes on the calling thread's core and only another thread overlaps (measured).
+    GPU: inline, because a new buffer is usable only after the compute enqueued before its allocation, so copies must
+    be issued before the compute they hide behind, which only the decode thread can arrange (XLA sources; unverified).
+    TPU: inline, unverified.
+    """
+    return "thread" if platform == "cpu" else "inline"
+
+
+def parse_budget(text: str, total_bytes: int, auto_bytes: int | None = None, flag: str = BUDGET_FLAG) -> int:
+    """Bytes meant by `"25%"` (of `total_bytes`), `"512MiB"`, `"6GiB"`, or `"auto"` (`auto_bytes`, at most the total).
+
+    Raises:
+      UserError: it is none of these, or nothing is known for "auto".
+    """
+    text = str(text).strip()
+    if text == "auto":
+        if auto_bytes is None:
+            raise UserError(f'{flag}=auto: this device does not tell its free memory; give bytes ("6GiB") or "25%"')
+        return max(0, min(auto_bytes, total_bytes))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[A-Za-z]+)", text)
+    if match and match[2] == "%":
+        return int(float(match[1]) * total_bytes / 100)
+    if match and match[2] in _UNITS:
+        return int(float(match[1]) * _UNITS[match[2]])
+    raise UserError(f'{flag}={text!r} is no budget; give bytes ("512MiB", "6GiB"), a share ("25%") or "auto"')
+
+
+class OffloadedExperts:
+    """An `ExpertSource` over a bank, a store under a byte budget and a loader. For one decode thread.
+
+    Attributes:
+      trace: what happened; replace it to start a new record (between tokens).
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        architecture: Architecture,
+        budget_bytes: int,
+        *,
+        policy: Eviction | None = None,
+        mode: Mode | None = None,
+        link_gbps: float = 0.0,
+        trace: Trace | None = None,
+        delay: Callable[[Key], float] | None = None,
+    ):
+        """
+        Args:
+          bank: where the experts are.
+          budget_bytes: on the device at most: resident, in flight, and evicted but still computed with.
+          policy: of eviction; default LRU.
+          mode: who issues copies; default by the backend, see `issue_mode`.
+          link_gbps: simulated link, 10^9 bytes per second; 0: none.
+          delay: seconds that the arrival of an expert is held up, for tests.
+
+        Raises:
+          UserError: the budget is below K experts.
+        """
+        a = architecture
+        smallest = a.top_k * bank.expert_bytes
+        if budget_bytes < smallest:
+            share = 100 * a.top_k / (a.num_layers * a.num_experts)
+            raise UserError(
+                f"a device budget of {budget_bytes} bytes is too small: the smallest is {a.top_k} experts,"
+                f" {BUDGET_FLAG}={smallest}B ({share:.3g}% of all)"
+            )
+        store = ArrayStore(budget_bytes, bank.expert_bytes, policy or LRU())
+        make = ThreadLoader if (mode or issue_mode(jax.default_backend())) == "thread" else InlineLoader
+        outlook = Outlook(a.num_layers, a.num_experts, a.top_k)
+        self._loader: Loader = make(bank, store, outlook, link_gbps=link_gbps, delay=delay)
+        self.trace = trace or Trace()
+
+    @property
+    def trace(self) -> Trace:
+        """What happened since it was set."""
+        return self._loader.trace
+
+    @trace.setter
+    def trace(self, trace: Trace) -> None:
+        self._loader.trace = trace
+
+    @property
+    def store(self) -> ArrayStore:
+        """The books of the device store, to read."""
+        return self._loader.store
+
+    def begin_token(self, token: int) -> None:
+        """A decode step, or the prefill (token -1), starts. Pins that an interrupted step left behind are dropped."""
+        self._loader.unpin_all()
+        self._loader.trace.begin_token(token)
+
+    def request(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """States every expert that `layer` needs now, in router order; misses are demanded at once.
+
+        What an earlier request demanded and has not issued is dropped. Returns the experts in the order in which they
+        are best run: resident ones, then by expected arrival.
+        """
+        experts = list(dict.fromkeys(map(int, experts)))
+        outcomes = self._loader.request(layer, [(layer, expert) for expert in experts])
+        self._loader.trace.step(layer, experts, outcomes)
+        if "missed" not in outcomes and "late" not in outcomes:
+            return experts
+        rank = {"cached": 0, "prefetched": 0, "late": 1, "missed": 2}
+        return [expert for _, expert in sorted(zip(outcomes, experts, strict=True), key=lambda pair: rank[pair[0]])]
+
+    def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
+        """Blocks until these experts are on the device, and pins them; what was evicted meanwhile is loaded again.
+
+        The arrays must not be used for a computation dispatched after `release`: they may be deleted then.
+
+        Raises:
+          LoadError: a copy failed; the text names the expert.
+          RuntimeError: more experts than the budget holds beside those not released yet, or the source is closed.
+        """
+        weights, stall = self._loader.take([(layer, int(expert)) for expert in experts])
+        if stall:
+            self._loader.trace.stall(stall)
+        return weights
+
+    def release(self, layer: int, experts: Sequence[int], after: jax.Array) -> None:
+        """Unpins them; `after` (never donated) is ready once the last computation that uses them has completed."""
+        self._loader.release([(layer, int(expert)) for expert in experts], after)
+
+    def offer(self, layer: int, probabilities: np.ndarray) -> None:
+        """Predicted P(needed), float32 [horizon, E], for layers `layer + 1, ...`, wrapping into the next token."""
+        self._loader.trace.predict(probabilities)
+        self._loader.offer(layer, probabilities)
+
+    def close(self) -> None:
+        """Stops background work and drops the experts. May be called again."""
+        self._loader.close()

@@ -1,0 +1,134 @@
+"""`ArrayStore`: experts on the device under a byte budget. Bookkeeping only: no threads, no copies, no waiting.
+
+An expert's bytes count from the start of its copy until the last computation that uses it has completed:
+
+    begin ─► in flight ─ commit ─► resident ─ evict ─► draining ─ settle ─► gone
+                └─────── abort ──────────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+import jax
+
+from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.offload.policies import Eviction
+from moe_jax.trace import Load
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Entry:
+    """A resident (or draining) expert."""
+
+    weights: ExpertWeights
+    load: Load
+    pins: int = 0
+    uses: list[jax.Array] = dataclasses.field(default_factory=list)  # ready when computations that use it have completed
+
+    def idle(self) -> bool:
+        """Whether every computation that uses it has completed."""
+        if self.uses:
+            self.uses = [use for use in self.uses if not use.is_ready()]
+        return not self.uses
+
+
+class ArrayStore:
+    """One immutable device array per expert part, all experts of equal size.
+
+    Every change of the books is checked: passing the budget, or evicting what is pinned, raises RuntimeError.
+    """
+
+    def __init__(self, budget_bytes: int, expert_bytes: int, policy: Eviction):
+        """
+        Raises:
+          ValueError: the budget does not hold a single expert.
+        """
+        if budget_bytes < expert_bytes:
+            raise ValueError(f"a budget of {budget_bytes} bytes holds no expert of {expert_bytes} bytes")
+        self.budget_bytes, self.expert_bytes = budget_bytes, expert_bytes
+        self.capacity = budget_bytes // expert_bytes
+        self.resident: dict[Key, Entry] = {}
+        self.in_flight: dict[Key, Load] = {}
+        self.draining: list[Entry] = []
+        self.peak_bytes = 0
+        self._policy, self._state = policy, policy.init()
+
+    @property
+    def used_bytes(self) -> int:
+        """Resident, in flight, and evicted but still computed with."""
+        return (len(self.resident) + len(self.in_flight) + len(self.draining)) * self.expert_bytes
+
+    def has_room(self) -> bool:
+        """Whether one more expert fits now."""
+        return self.used_bytes + self.expert_bytes <= self.budget_bytes
+
+    def holds(self, key: Key) -> bool:
+        """Resident or in flight."""
+        return key in self.resident or key in self.in_flight
+
+    def begin(self, key: Key, load: Load) -> None:
+        """Books the bytes of a copy that is about to start."""
+        if self.holds(key) or not self.has_room():
+            raise RuntimeError(f"expert {key} is already on its way" if self.holds(key) else "device budget passed")
+        self.in_flight[key] = load
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+    def commit(self, key: Key, weights: ExpertWeights) -> None:
+        """The copy has arrived."""
+        self.resident[key] = Entry(weights, self.in_flight.pop(key))
+
+    def abort(self, key: Key) -> None:
+        """The copy failed and holds no memory any more."""
+        del self.in_flight[key]
+
+    def use(self, key: Key) -> None:
+        """Tells the policy that `key` is needed, or was worth a speculative load."""
+        self._state = self._policy.on_use(self._state, key)
+
+    def pin(self, key: Key) -> ExpertWeights:
+        """Guards a resident expert against eviction until as many `unpin`."""
+        entry = self.resident[key]
+        entry.pins += 1
+        entry.load.used = True
+        return entry.weights
+
+    def unpin(self, key: Key, after: jax.Array) -> None:
+        """Undoes one `pin`; the expert is in use until `after` is ready."""
+        entry = self.resident.get(key)
+        if entry is None or not entry.pins:
+            raise RuntimeError(f"expert {key} is released but was not taken")
+        entry.pins -= 1
+        entry.idle()  # forgets completed uses, so that the list stays short
+        entry.uses.append(after)
+
+    def unpin_all(self) -> None:
+        """Drops every pin. The runtime itself keeps the memory of a computation that still runs."""
+        for entry in self.resident.values():
+            entry.pins = 0
+
+    def victim(self, candidates: Collection[Key]) -> Key:
+        """The policy's choice among resident, unpinned keys."""
+        return self._policy.victim(self._state, candidates)
+
+    def evict(self, key: Key) -> None:
+        """Gives up a resident expert; its bytes count until its last use has completed."""
+        if self.resident[key].pins:
+            raise RuntimeError(f"expert {key} is pinned and cannot be evicted")
+        self.draining.append(self.resident.pop(key))
+        self.settle()
+
+    def settle(self) -> None:
+        """Frees the draining experts whose last use has completed."""
+        if not self.draining:
+            return
+        busy = []
+        for entry in self.draining:
+            if entry.idle():
+                # Frees the memory even where a caller forgot to drop its reference; using it again raises.
+                for array in entry.weights:
+                    array.delete()
+            else:
+                busy.append(entry)
+        self.draining = busy

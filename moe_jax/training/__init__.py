@@ -1,0 +1,1 @@
+"""Training: text, batches, losses and the training loop."""

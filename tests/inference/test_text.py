@@ -1,0 +1,223 @@
+"""Tokenizer, streaming and chat templates, over every kind of decoder that checkpoints use."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from moe_jax.errors import UserError
+from moe_jax.inference.text import REPLACEMENT, StreamDecoder, Tokenizer
+
+SPECIAL = ["<s>", "</s>", "<pad>"]
+TEXT = ["def f(x):\n    return x  # naïve café", "日本語 €5 🙂🙂", "In the beginning God created the heaven."] * 5
+
+
+def byte_level() -> Backend:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXT, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return backend
+
+
+def byte_fallback(prefix_decoder: bool = True) -> Backend:
+    """As Llama and Mixtral: pieces with U+2581 for a space, and bytes for what is not in the vocabulary."""
+    words = ["▁", "▁a", "a", "b", "c", "▁the", "é", "▁▁", REPLACEMENT, "\n"]
+    pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    merges = [("▁", "a"), ("▁", "▁")]
+    backend = Backend(models.BPE(vocabulary, merges, unk_token=None, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix_decoder else []
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens(SPECIAL)
+    return backend
+
+
+def metaspace() -> Backend:
+    pieces = [*SPECIAL, "▁", "▁a", "a", "▁b", "▁▁"]
+    backend = Backend(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="a"))
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(SPECIAL)
+    return backend
+
+
+def word_piece() -> Backend:
+    pieces = [*SPECIAL, "a", "##b", "c", ".", "'", "##'s", "n", "'t"]
+    backend = Backend(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="a"))
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens(SPECIAL)
+    return backend
+
+
+def no_decoder() -> Backend:
+    pieces = [*SPECIAL, "a", "b", " ", ""]
+    return Backend(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="a"))
+
+
+BACKENDS = {f.__name__: f for f in (byte_level, byte_fallback, metaspace, word_piece, no_decoder)}
+
+
+def opened(directory, backend: Backend, config=None, tokenizer_config=None) -> Tokenizer:
+    directory.mkdir(exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    for name, value in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
+        if value is not None:
+            (directory / name).write_text(json.dumps(value))
+    return Tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return {name: opened(tmp_path_factory.mktemp(name), make()) for name, make in BACKENDS.items()}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_pieces_join_to_the_whole_for_any_ids(made, name, data):
+    tokenizer = made[name]
+    size = tokenizer.backend.get_vocab_size()
+    some = st.integers(0, size + 2)  # a model's vocabulary is often padded beyond the tokenizer's
+    if name == "byte_fallback":  # mostly bytes that nearly make characters
+        some = st.one_of(some, st.sampled_from([3 + byte for byte in "€é🙂".encode()]))
+    ids = data.draw(st.lists(some, max_size=40))
+    stream = StreamDecoder(tokenizer)
+    whole, shown = tokenizer.decode(ids), ""
+    for i in ids:
+        shown += stream.push(i)
+        assert whole.startswith(shown)
+    assert shown + stream.flush() == whole
+    assert stream.flush() == ""
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters=REPLACEMENT + "▁")))
+@settings(max_examples=300, deadline=None)
+def test_text_never_shows_half_a_character(made, name, text):
+    tokenizer = made[name]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text.replace("<s>", "").replace("</s>", "").replace("<pad>", "")
+    stream = StreamDecoder(tokenizer)
+    pieces = [*map(stream.push, ids), stream.flush()]
+    assert not any(REPLACEMENT in piece for piece in pieces)
+
+
+def test_text_is_shown_as_soon_as_it_is_certain(made):
+    stream = StreamDecoder(made["byte_level"])
+    pieces = [stream.push(i) for i in made["byte_level"].encode("a€b")[1:]]
+    assert [piece for piece in pieces if piece] == ["a", "€", "b"]
+    assert stream.flush() == ""
+
+
+def test_a_replacement_character_that_is_meant_comes_through(made):
+    for name in ("byte_level", "byte_fallback"):
+        stream = StreamDecoder(made[name])
+        pieces = [*map(stream.push, made[name].encode(f"a{REPLACEMENT}b")), stream.flush()]
+        assert "".join(pieces) == f"a{REPLACEMENT}b"
+
+
+def test_special_tokens_may_stand_inside_a_character(made):
+    euro = [3 + byte for byte in "€".encode()]
+    stream = StreamDecoder(made["byte_fallback"])
+    assert "".join(map(stream.push, [euro[0], 1, euro[1], 0, euro[2]])) + stream.flush() == "€"
+
+
+@pytest.mark.parametrize(
+    "post_processor, tokenizer_config, prefix",
+    [
+        ("<s> $A", None, [0]),
+        ("<s> $A </s>", {"bos_token": "<s>", "eos_token": "</s>"}, [0]),
+        ("$A </s>", {"eos_token": "</s>"}, []),
+        ("$A", {"bos_token": "<s>"}, []),
+        ("$A", {"bos_token": "<s>", "add_bos_token": True}, [0]),
+        ("$A", {"bos_token": {"content": "<s>", "lstrip": False}, "add_bos_token": True}, [0]),
+        ("$A", {"add_bos_token": True}, [0]),
+        ("<s> $A", {"bos_token": "<s>", "add_bos_token": False}, []),
+    ],
+)
+def test_bos_exactly_once(tmp_path, post_processor, tokenizer_config, prefix):
+    backend = byte_level()
+    backend.post_processor = processors.TemplateProcessing(
+        single=post_processor, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = opened(tmp_path, backend, {"bos_token_id": 0, "eos_token_id": [1]}, tokenizer_config)
+    ids = tokenizer.encode("ab")
+    assert ids == [*prefix, *tokenizer.encode("<s>ab")[1:]]
+    assert tokenizer.encode("<s>ab") == [0, *ids[len(prefix) :]]
+    assert tokenizer.decode(ids) == "ab"
+
+
+def test_a_prompt_is_neither_cut_nor_padded(tmp_path):
+    backend = byte_level()
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    tokenizer = opened(tmp_path, backend)
+    assert tokenizer.decode(tokenizer.encode(TEXT[0])) == TEXT[0]
+    assert len(tokenizer.encode("a")) == 2
+
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}
+{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role ' + m.role) }}{% endif %}
+[{{ m.role }}] {{ m.content | tojson }}
+{% if loop.last %}{% break %}{% endif %}
+{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}{{ eos_token }}"""
+MESSAGES = [{"role": "system", "content": "Be <b>brief</b>."}, {"role": "user", "content": "naïve?"}]
+
+
+@pytest.mark.parametrize("where", ["file", "config", "list"])
+def test_chat_equals_transformers(tmp_path, where):
+    transformers = pytest.importorskip("transformers")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    if where == "config":
+        config["chat_template"] = TEMPLATE
+    elif where == "list":
+        config["chat_template"] = [{"name": "default", "template": TEMPLATE}, {"name": "tool", "template": "x"}]
+    else:
+        (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = opened(tmp_path, byte_level(), tokenizer_config=config)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.render_chat(MESSAGES) == text
+    assert "<b>" in text and "naïve" in text and text.startswith("<s>[system]")
+    ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.apply_chat(MESSAGES) == ids
+    assert ids.count(0) == 1
+
+
+def test_chat_mistakes(tmp_path):
+    tokenizer = opened(tmp_path, byte_level(), tokenizer_config={"bos_token": "<s>"})
+    with pytest.raises(UserError, match="has no chat template"):
+        tokenizer.apply_chat(MESSAGES)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    with pytest.raises(UserError, match="refuses these messages: unknown role tool"):
+        tokenizer.apply_chat([{"role": "tool", "content": ""}])
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(UserError, match="chat template"):
+        tokenizer.apply_chat(MESSAGES)
+
+
+@pytest.mark.parametrize("attack", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"])
+def test_a_template_cannot_leave_its_sandbox(tmp_path, attack):
+    tokenizer = opened(tmp_path, byte_level())
+    (tmp_path / "chat_template.jinja").write_text(attack)
+    with pytest.raises(UserError, match="refuses"):
+        tokenizer.apply_chat(list(MESSAGES))
+
+
+def test_no_or_damaged_tokenizer(tmp_path):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read") as caught:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -23,11 +23,10 @@ def run(main: Callable[[], None]) -> None:
         os.environ.update({name: os.environ.get(name, value) for name, value in _MALLOC.items()})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
-    _use_compilation_cache()
-
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
+        _use_compilation_cache()
         try:
             main()
         except UserError as error:
@@ -72,17 +71,44 @@ def fail(message: str) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(list(argv))
+        rest = flags.FLAGS(list(argv))
     except flags.UnrecognizedFlagError as error:
         close = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
         fail(f"unknown flag --{error.flagname}" + (f"; did you mean --{close[0]}?" if close else "; see --help"))
     except (flags.Error, UserError) as error:
-        fail(" ".join(str(error).split()))
+        message = str(error)
+        if "Error whilst parsing config file" in message:  # followed by a traceback, whose last line says it all
+            message = "the config file fails: " + message.strip().splitlines()[-1]
+        fail(
+            re.sub(
+                r"Failed to parse (.*) as a ConfigDict.*", r"\1 is a value, this is a group of fields", _line(message)
+            )
+        )
     except (AttributeError, KeyError) as error:
-        # ml_collections names the field it did not find and its nearest neighbour.
-        fail("unknown config field: " + re.sub(r"\s+", " ", str(error).strip("'\"")))
+        if "get_config" in str(error):
+            fail("the config file has no function get_config; see configs/mixtral.py")
+        fail(_unknown_field(str(error.args[0])))
     except (TypeError, ValueError) as error:
-        fail("bad config value: " + " ".join(str(error).split()))
-    except FileNotFoundError as error:
-        fail(f"config file {error.filename or error} not found")
-    raise AssertionError("unreachable")
+        fail(f"bad config value: {_line(str(error))}")
+    except Exception as error:  # whatever the user's config file raises
+        fail(f"the config file fails: {type(error).__name__}: {_line(str(error))}")
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        try:
+            getattr(flag.value, "to_dict", None)  # ml_collections hides an unreadable file until the value is used
+        except OSError:
+            fail(f"--{name}={getattr(flag, 'config_filename', '')}: no such config file; see configs/")
+    return rest
+
+
+def _unknown_field(message: str) -> str:
+    """What ml_collections says of a field it did not find, and of its nearest neighbour, in our words."""
+    if near := re.search(r'Did you mean "(.*)" instead of "(.*)"\?', message):
+        return f"unknown config field {near[2]}; did you mean {near[1]}?"
+    if beyond := re.search(r"Attempting to lookup: (.*)", message):
+        return f"unknown config field {beyond[1]}"
+    return "unknown config field " + _line(message).strip("'\"")
+
+
+def _line(message: str) -> str:
+    return " ".join(message.split())

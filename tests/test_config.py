@@ -48,7 +48,10 @@ def test_frozen_and_hashable():
     "values, message",
     [
         ({"chekpoint": ""}, "unknown config field chekpoint; did you mean checkpoint?"),
-        ({"offload": {"device_bugdet": "1%"}}, "unknown config field offload.device_bugdet; did you mean device_budget?"),
+        (
+            {"offload": {"device_bugdet": "1%"}},
+            "unknown config field offload.device_bugdet; did you mean device_budget?",
+        ),
         ({"zzz": 1}, "unknown config field zzz"),
         ({"offload": "host"}, "config.offload must be a group of fields, not 'host'"),
         ({"offload": PrefetchConfig()}, "config.offload must be a group of fields"),

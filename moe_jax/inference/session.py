@@ -55,9 +55,15 @@ class Model:
     def _source(self) -> ExpertSource:
         if self.config.offload.tier == "none":
             return ResidentExperts(self.checkpoint)
-        from moe_jax.offload.source import open_host  # the resident reference never imports offload
+        # The all-resident reference never imports offload.
+        from moe_jax.offload.bank import HostBank
+        from moe_jax.offload.source import OffloadedExperts, parse_budget
 
-        return open_host(self.checkpoint, self.config.offload)
+        a, offload = self.checkpoint.architecture, self.config.offload
+        total = a.num_layers * a.num_experts * self.checkpoint.expert_bytes
+        budget = parse_budget(offload.device_budget, total, _free_bytes() if offload.device_budget == "auto" else None)
+        check_budget(budget, a, self.checkpoint.expert_bytes)
+        return OffloadedExperts(HostBank(self.checkpoint), a, budget, link_gbps=offload.link_gbps)
 
     def _predictor(self, dense: Any) -> tuple[Any, Any, Any] | None:
         from moe_jax.prediction import predictors

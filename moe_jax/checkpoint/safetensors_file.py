@@ -29,6 +29,11 @@ class Tensor(NamedTuple):
     start: int  # bytes from the start of the file
     nbytes: int
 
+    def slice(self, index: int) -> Tensor:
+        """One slice along the first axis."""
+        nbytes = self.nbytes // self.shape[0]
+        return Tensor(self.file, self.dtype, self.shape[1:], self.start + index * nbytes, nbytes)
+
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """Tensors of one file by name.

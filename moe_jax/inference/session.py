@@ -60,7 +60,7 @@ class Model:
         from moe_jax.offload.source import OffloadedExperts, parse_budget
 
         a, offload = self.checkpoint.architecture, self.config.offload
-        total = a.num_layers * a.num_experts * self.checkpoint.expert_bytes
+        total = a.num_moe_layers * a.num_experts * self.checkpoint.expert_bytes
         budget = parse_budget(offload.device_budget, total, _free_bytes() if offload.device_budget == "auto" else None)
         check_budget(budget, a, self.checkpoint.expert_bytes)
         return OffloadedExperts(HostBank(self.checkpoint), a, budget, link_gbps=offload.link_gbps)
@@ -115,8 +115,7 @@ class Model:
         self.engine.source.close()
 
     def _zeros(self) -> ExpertWeights:
-        shapes = self.checkpoint.architecture.expert_shapes()
-        return ExpertWeights(*(jnp.zeros(shapes[name], self.checkpoint.dtype) for name in ("gate_up", "down")))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.checkpoint.expert_spec)
 
     # ---- numbers -----------------------------------------------------------------------------------------------
 
@@ -154,7 +153,7 @@ class Model:
 
     def _recall(self, generation: Generation) -> float | None:
         """Recall of the prediction one layer ahead (not wrapped): top-U of its ranking against the U needed experts."""
-        record, layers = generation.record, self.engine.architecture.num_layers
+        record, layers = generation.record, self.engine.architecture.num_moe_layers
         pairs = [
             (set(np.argsort(-record.predicted[i], kind="stable")[: len(needed)].tolist()), set(needed))
             for i, needed in enumerate(record.needed[1:])
@@ -170,7 +169,7 @@ class Model:
         keys = list(pool)
         capacity = self.engine.shapes([len(o.prompt_token_ids) for o in generation.outputs[: generation.batch_size]], generation.max_new_tokens)[2]
         compute = bounds.replay(self.engine, record, pick, capacity)
-        loads = bounds.lru_loads(record, a.num_layers, source.budget_bytes // source.expert_bytes)
+        loads = bounds.lru_loads(record, a.num_moe_layers, source.budget_bytes // source.expert_bytes)
         transfer = loads * source.expert_bytes / len(record.active) / source.link_bytes_per_s()
         return {
             "bound_overlap_s": max(compute, transfer),

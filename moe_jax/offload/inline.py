@@ -104,4 +104,4 @@ class InlineLoader(Loader):
 
 
 def _all_ready(weights: ExpertWeights) -> bool:
-    return all(array.is_ready() for array in weights)
+    return all(array.is_ready() for array in jax.tree.leaves(weights))

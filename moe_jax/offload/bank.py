@@ -36,7 +36,7 @@ class HostBank:
     """Every expert as pinned_host arrays in the checkpoint's own dtype."""
 
     def __init__(self, checkpoint: Checkpoint, device: jax.Device | None = None):
-        """Reads expert after expert, so that beside the bank never more than one exists. `device`: default the first."""
+        """Reads expert after expert, so that never more than one exists twice; `device`: default the first."""
         device = device or jax.devices()[0]
         host = SingleDeviceSharding(device, memory_kind="pinned_host")
         self._device = SingleDeviceSharding(device, memory_kind="device")

@@ -83,7 +83,7 @@ class Loader:
             self._pending = dict.fromkeys(keys)
             self._demand.clear()
             self._failures.clear()
-            outcomes = [self._classify(key) for key in keys]
+            outcomes: list[Outcome] = [self._classify(key) for key in keys]
             for key in keys:
                 self.store.use(key)
             if self._demand:
@@ -118,6 +118,8 @@ class Loader:
     def release(self, keys: Sequence[Key], after: jax.Array) -> None:
         """Unpins what was taken; it is in use until `after` is ready."""
         with self._lock:
+            if self._closed:
+                return
             for key in keys:
                 self.store.unpin(key, after)
             if self._starved:
@@ -245,7 +247,7 @@ class Loader:
         self._copy_s = took if not self._copy_s else 0.9 * self._copy_s + 0.1 * took
 
     def _fail(self, key: Key, error: Exception) -> None:
-        """A demanded expert's failure waits for its `take`; a speculated one's is forgotten, and not tried again soon."""
+        """A demanded expert's failure waits for its `take`; a speculated one's only ends the speculation."""
         # The frames of the traceback may hold the arrays; their memory must be free when the bytes stop counting.
         traceback.clear_frames(error.__traceback__)
         self.store.abort(key)
@@ -260,3 +262,12 @@ class Loader:
         for key in self._wanted:
             if key in self._failures:
                 raise self._failures.pop(key)
+
+
+def wait_for(uses: Sequence[jax.Array]) -> None:
+    """Blocks until computations have ended."""
+    for use in uses:
+        try:
+            use.block_until_ready()
+        except Exception:  # one that failed has ended too; whoever reads its result is told
+            continue

@@ -25,7 +25,8 @@ class Entry:
     weights: ExpertWeights
     load: Load
     pins: int = 0
-    uses: list[jax.Array] = dataclasses.field(default_factory=list)  # ready when computations that use it have completed
+    # Each is ready once a computation that uses this expert has completed.
+    uses: list[jax.Array] = dataclasses.field(default_factory=list)
 
     def idle(self) -> bool:
         """Whether every computation that uses it has completed."""

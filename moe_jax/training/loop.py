@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -139,9 +138,7 @@ def train(c: TrainConfig) -> dict[str, Any]:
         began, seen = time.time(), 0
         for step in range(start, c.steps):
             context = c.context if step < c.steps - c.final_context_steps else c.final_context
-            rows = corpus.batch(
-                streams["train"], c.domain_weights, step, c.seed, c.batch_tokens // context, context
-            )
+            rows = corpus.batch(streams["train"], c.domain_weights, step, c.seed, c.batch_tokens // context, context)
             state, stats = update(state, rows)
             seen += c.batch_tokens
             done = step + 1

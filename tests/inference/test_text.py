@@ -1,6 +1,7 @@
 """Tokenizer, streaming and chat templates, over every kind of decoder that checkpoints use."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -177,7 +178,7 @@ MESSAGES = [{"role": "system", "content": "Be <b>brief</b>."}, {"role": "user", 
 @pytest.mark.parametrize("where", ["file", "config", "list"])
 def test_chat_equals_transformers(tmp_path, where):
     transformers = pytest.importorskip("transformers")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     if where == "config":
         config["chat_template"] = TEMPLATE
     elif where == "list":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ class Checkpoint(Protocol):
 class HostBank:
     """Every expert as pinned_host arrays in the checkpoint's own dtype."""
 
-    def __init__(self, checkpoint: Checkpoint, device: jax.Device | None = None):
+    def __init__(self, checkpoint: Checkpoint, device: Any = None):
         """Reads expert after expert, so that never more than one exists twice; `device`: default the first."""
         device = device or jax.devices()[0]
         host = SingleDeviceSharding(device, memory_kind="pinned_host")

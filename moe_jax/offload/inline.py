@@ -9,6 +9,7 @@ import jax
 
 from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.loader import Loader, wait_for
+from moe_jax.offload.store import is_ready
 from moe_jax.trace import Cause
 
 
@@ -103,4 +104,4 @@ class InlineLoader(Loader):
 
 
 def _all_ready(weights: ExpertWeights) -> bool:
-    return all(array.is_ready() for array in weights)
+    return all(is_ready(array) for array in weights)

@@ -6,7 +6,7 @@ overtaken, so at most one speculative copy is in flight. Who may be evicted:
     for an expert that `take` blocks on       anything unpinned that this `take` does not want; of the experts that the
                                               current request still waits to take, only if there is nothing else
     for any other demanded expert             unpinned, and not among those still to be taken
-    for a speculated one                      the same, idle, and expected to be worth less than it
+    for a speculated one                      the same, idle, and less likely to be needed than it
 
 What a `take` wants and what is pinned together never exceed the budget (checked), every copy ends, and computations end
 by themselves: so each `take` ends too, at every budget.
@@ -210,13 +210,13 @@ class Loader:
         best = self._outlook.best(self._layer, self._copy_s / self._layer_s if self._layer_s else 0.0)
         if best is None:
             return None
-        key, value = best
+        key, probability = best
         self.store.settle()
         if not self.store.has_room():
             # Only idle ones: waiting for a computation would hold up a demand that comes meanwhile.
-            worse = self._outlook.below(self._evictable(False), value)
+            worse = self._outlook.below(self._evictable(False), probability)
             candidates = {key: None for key in worse if self.store.resident[key].idle()}
-            if not candidates or self.store.draining:
+            if not candidates:
                 return None
             self._evict(self.store.victim(candidates))
         return key

@@ -31,7 +31,7 @@ class Entry:
     def idle(self) -> bool:
         """Whether every computation that uses it has completed."""
         if self.uses:
-            self.uses = [use for use in self.uses if not use.is_ready()]
+            self.uses = [use for use in self.uses if not is_ready(use)]
         return not self.uses
 
 
@@ -133,3 +133,8 @@ class ArrayStore:
             else:
                 busy.append(entry)
         self.draining = busy
+
+
+def is_ready(array: jax.Array) -> bool:
+    """Whether the computation or copy that makes `array` has completed."""
+    return array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  (missing from jax's own stub)

@@ -143,6 +143,7 @@ def train(c: TrainConfig) -> dict[str, Any]:
             seen += c.batch_tokens
             done = step + 1
             if done % 20 == 0 or done == c.steps:
+                jax.block_until_ready(stats)  # steps run asynchronously
                 speed = seen / (time.time() - began)
                 logging.info(
                     "step %d/%d loss %.3f balance %.2f dropped %.1f%% least-used expert %.2f of its share,"

@@ -31,7 +31,7 @@ def byte_level() -> Backend:
 
 def byte_fallback(prefix_decoder: bool = True) -> Backend:
     """As Llama and Mixtral: pieces with U+2581 for a space, and bytes for what is not in the vocabulary."""
-    words = ["▁", "▁a", "a", "b", "c", "▁the", "é", "▁▁", REPLACEMENT, "\n"]
+    words = ["▁", "▁a", "a", "b", "c", "▁the", "é", "▁▁", REPLACEMENT, "\n", ""]
     pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     merges = [("▁", "a"), ("▁", "▁")]
@@ -84,13 +84,13 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_pieces_join_to_the_whole_for_any_ids(made, name, data):
     tokenizer = made[name]
     size = tokenizer.backend.get_vocab_size()
     some = st.integers(0, size + 2)  # a model's vocabulary is often padded beyond the tokenizer's
-    if name == "byte_fallback":  # mostly bytes that nearly make characters
-        some = st.one_of(some, st.sampled_from([3 + byte for byte in "€é🙂".encode()]))
+    if name == "byte_fallback":  # mostly words, and bytes that nearly make characters
+        some = st.one_of(some, st.integers(3 + 256, size), st.sampled_from([3 + byte for byte in "€é🙂".encode()]))
     ids = data.draw(st.lists(some, max_size=40))
     stream = StreamDecoder(tokenizer)
     whole, shown = tokenizer.decode(ids), ""
@@ -103,7 +103,7 @@ def test_pieces_join_to_the_whole_for_any_ids(made, name, data):
 
 @pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters=REPLACEMENT + "▁")))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_text_never_shows_half_a_character(made, name, text):
     tokenizer = made[name]
     ids = tokenizer.encode(text)
@@ -170,7 +170,7 @@ def test_a_prompt_is_neither_cut_nor_padded(tmp_path):
 TEMPLATE = """{{ bos_token }}{% for m in messages %}
 {% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role ' + m.role) }}{% endif %}
 [{{ m.role }}] {{ m.content | tojson }}
-{% if loop.last %}{% break %}{% endif %}
+  {% if loop.last %}{% break %}{% endif %}
 {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}{{ eos_token }}"""
 MESSAGES = [{"role": "system", "content": "Be <b>brief</b>."}, {"role": "user", "content": "naïve?"}]
 

@@ -36,7 +36,8 @@ MUTANTS = {
     "staging buffer reused while alive": Mutant(
         "moe_jax/checkpoint/safetensors_file.py",
         {
-            "    raw = np.empty(nbytes + 64, np.uint8)\n": "    raw = _STAGING.setdefault(nbytes, np.empty(nbytes + 64, np.uint8))\n",
+            "    raw = np.empty(nbytes + 64, np.uint8)\n": "    raw = _STAGING.setdefault(nbytes, "
+            "np.empty(nbytes + 64, np.uint8))\n",
             "def empty(": "_STAGING = {}\n\n\ndef empty(",
         },
         ENGINE,
@@ -46,8 +47,8 @@ MUTANTS = {
         {
             "        groups, start = [], 0\n": "        groups, start = [], 0\n"
             "        self.arrival = np.argsort([rank[expert] for expert in needed]) if single else slice(None)\n",
-            "            x = stages.combine(routed.residual, outputs, routed.gates, x)\n": "            x = stages.combine("
-            "routed.residual, outputs[self.arrival], routed.gates[:, self.arrival], x)\n",
+            "combine(routed.residual, outputs, routed.gates, x)\n            if": "combine("
+            "routed.residual, outputs[self.arrival], routed.gates[:, self.arrival], x)\n            if",
         },
         LOSSLESS,
     ),

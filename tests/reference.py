@@ -23,7 +23,9 @@ def forward(a: Architecture, w: dict[str, np.ndarray], tokens: list[int]) -> tup
     """Logits [T, V] after each token, and the chosen experts [L, T, K]."""
     norm = lambda x, weight: weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + a.norm_eps)
     silu = lambda x: x / (1 + np.exp(-x))
-    softmax = lambda x: np.exp(x - x.max(-1, keepdims=True)) / np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)
+    softmax = lambda x: (
+        np.exp(x - x.max(-1, keepdims=True)) / np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)
+    )
     T, half, chosen = len(tokens), a.head_dim // 2, []
     angle = np.arange(T)[:, None] / a.rope_theta ** (np.arange(half) / half)
 

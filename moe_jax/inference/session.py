@@ -83,10 +83,14 @@ class Model:
         check_budget(budget, a, self.checkpoint.expert_bytes)
         return OffloadedExperts(HostBank(self.checkpoint), a, budget, link_gbps=offload.link_gbps)
 
+    def predictor_directory(self) -> str:
+        """Where the trained predictor is; empty: there is none."""
+        return self.config.prefetch.checkpoint or ("" if self.config.checkpoint else str(shipped("predictor")))
+
     def _predictor(self, dense: Any) -> tuple[Any, Any, Any] | None:
-        prefetch = self.config.prefetch
-        directory = prefetch.checkpoint or ("" if self.config.checkpoint else str(shipped("predictor")))
-        return predictors.load(prefetch.predictor, prefetch.horizon, directory, self.checkpoint.architecture, dense)
+        a, prefetch = self.checkpoint.architecture, self.config.prefetch
+        horizon = min(prefetch.horizon, a.num_layers)  # further ahead every layer has been seen
+        return predictors.load(prefetch.predictor, horizon, self.predictor_directory(), a, dense)
 
     def start(
         self,

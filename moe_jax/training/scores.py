@@ -30,7 +30,9 @@ def load_params(checkpoint: HFCheckpoint) -> tuple[Any, lm.Params]:
     experts = []
     for layer in range(a.num_layers):
         parts = [checkpoint.expert(layer, expert) for expert in range(a.num_experts)]
-        experts.append({name: widen(np.stack(p)) for name, p in zip(("gate_up", "down"), zip(*parts), strict=True)})
+        experts.append(
+            {name: widen(np.stack(p)) for name, p in zip(("gate_up", "down"), zip(*parts, strict=True), strict=True)}
+        )
     return graph, {"dense": jax.tree.map(widen, checkpoint.dense()), "experts": experts}
 
 
@@ -115,8 +117,8 @@ CARD = """# tiny_moe: a small Mixtral that was really trained
 {a.max_seq_len}, bfloat16. It exists so that expert prefetching can be run and studied on any machine; its text is
 fluent nonsense.
 
-**Data.** Python 3.11 standard library sources (PSF licence), the sources of the Python 3.11 manual (PSF licence), the King
-James Bible (public domain). Training tokens available: {seen}; {tokens:.1f}M were drawn, by domain weight, in windows.
+**Data.** Python 3.11 standard library sources and the sources of the Python 3.11 manual (PSF licence), the King James
+Bible (public domain). Training tokens available: {seen}; {tokens:.1f}M were drawn, by domain weight, in windows.
 Documents were split once into train, validation and test; nothing was chosen on test.
 
 **Licence.** Apache-2.0 for the weights; the texts keep theirs.

@@ -1,5 +1,6 @@
 """Tokenizer, streaming and chat templates, over every kind of decoder that checkpoints use."""
 
+import itertools
 import json
 from typing import Any
 
@@ -91,7 +92,20 @@ def test_pieces_join_to_the_whole_for_any_ids(made, name, data):
     some = st.integers(0, size + 2)  # a model's vocabulary is often padded beyond the tokenizer's
     if name == "byte_fallback":  # mostly words, and bytes that nearly make characters
         some = st.one_of(some, st.integers(3 + 256, size), st.sampled_from([3 + byte for byte in "€é🙂".encode()]))
-    ids = data.draw(st.lists(some, max_size=40))
+    check_stream(tokenizer, data.draw(st.lists(some, max_size=40)))
+
+
+def test_pieces_join_to_the_whole_exhaustively(made):
+    """Every order of few tokens: an empty one and special ones between words, bytes that are characters or halves."""
+    tokenizer = made["byte_fallback"]
+    tokens = ["a", "▁a", "▁", "", "<0x41>", "<0xC3>", "<0xA9>", "</s>"]
+    some = [tokenizer.backend.token_to_id(token) for token in tokens]
+    for length in range(1, 5):
+        for ids in itertools.product(some, repeat=length):
+            check_stream(tokenizer, ids)
+
+
+def check_stream(tokenizer: Tokenizer, ids) -> None:
     stream = StreamDecoder(tokenizer)
     whole, shown = tokenizer.decode(ids), ""
     for i in ids:

@@ -3,6 +3,7 @@
 import threading
 import time
 import weakref
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ class FakeCheckpoint:
 BANK = HostBank(FakeCheckpoint())
 
 
-class Computation:
+class _Computation:
     """Stands for the `after` array of a computation that ends `seconds` from now, or when `end` is called."""
 
     def __init__(self, seconds=None):
@@ -49,6 +50,9 @@ class Computation:
             time.sleep(2e-4)
 
 
+Computation: Any = _Computation  # a duck: type checkers would ask for a jax.Array
+
+
 class WatchedBank:
     """Copies from `BANK`; counts by finalizers on the arrays it gave out and by computations that still run.
 
@@ -63,7 +67,7 @@ class WatchedBank:
         self.excess = []  # copies issued beyond the capacity
         self.fail = set()
         self.started = threading.Semaphore(0)
-        self._gate = threading.Semaphore(0) if gated else None
+        self._gated, self._gate = gated, threading.Semaphore(0)
         self._alive = {}  # number of the copy -> how many of its arrays exist
         self._latest = {}  # key -> number of its latest copy
         self.taken = set()  # numbers of the copies that were ever taken
@@ -96,7 +100,7 @@ class WatchedBank:
         self.started.release()
         if self.count() + 1 > self.capacity:
             self.excess.append(key)
-        if self._gate:
+        if self._gated:
             assert self._gate.acquire(timeout=5), "the test never let this copy go"
         if key in self.fail:
             raise OSError("the bank is on fire")

@@ -34,8 +34,7 @@ def opened():
 
     yield make
     for bank, made in sources:
-        if bank._gate:
-            bank.let(100)
+        bank.let(100)
         within(5, made.close)
 
 
@@ -102,7 +101,7 @@ def test_a_speculated_expert_still_on_its_way_is_late_and_not_loaded_twice(opene
     bank.wait_started()
     assert s.request(1, [3, 2]) == [2, 3]  # what is on its way comes first
     assert s.trace.steps()[-1].outcomes == ("missed", "late")
-    bank.let(2)
+    threading.Timer(0.02, bank.let, (2,)).start()
     check_contents((1, 2), within(5, s.take, 1, [2])[0])
     assert bank.copied[0] == (1, 2) and bank.copied.count((1, 2)) == 1
     assert s.trace.steps()[-1].stall_s > 0

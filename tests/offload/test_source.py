@@ -1,7 +1,7 @@
 """The whole offload room under random use: right contents, budget kept, no deadlock, honest trace."""
 
 import random
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 
 import hypothesis.strategies as st
 import jax
@@ -22,6 +22,7 @@ from tests.offload.rig import (
     L,
     WatchedBank,
     check_contents,
+    eventually,
     ready,
     source,
     within,
@@ -55,21 +56,22 @@ class SourceMachine(RuleBasedStateMachine):
     @rule(layer=st.integers(0, L - 1), experts=EXPERTS)
     @precondition(lambda self: not self.taken)
     def request(self, layer, experts):
-        copies = Counter(self.bank.copied)
         order = self.source.request(layer, experts)
         step = self.source.trace.steps()[-1]
         assert sorted(order) == sorted(experts) and step.needed == tuple(experts)
         outcome = dict(zip(experts, step.outcomes, strict=True))
         ranks = [{"late": 1, "missed": 2}.get(outcome[expert], 0) for expert in order]
         assert ranks == sorted(ranks)
+        loaded = {(load.layer, load.expert) for load in self.source.trace.loads}
         for expert in experts:  # what is neither on the device nor coming has to have been missed
-            assert outcome[expert] == "missed" or copies[layer, expert]
+            assert outcome[expert] == "missed" or (layer, expert) in loaded
         self.layer, self.left = layer, order
 
     @rule(data=st.data(), size=st.integers(1, K), advised=st.booleans())
     @precondition(lambda self: self.left and not self.taken)
     def take(self, data, size, advised):
-        group = (self.left if advised else data.draw(st.permutations(self.left)))[:size]
+        drawn = data.draw(st.permutations(range(E)))  # of all: what is drawn may not depend on timing
+        group = (self.left if advised else [expert for expert in drawn if expert in self.left])[:size]
         self.left = [expert for expert in self.left if expert not in group]
         self.taken = dict(zip(group, within(5, self.source.take, self.layer, group), strict=True))
         self.bank.take_note([(self.layer, expert) for expert in group])
@@ -117,11 +119,11 @@ class SourceMachine(RuleBasedStateMachine):
         assert [(load.layer, load.expert) for load in trace.loads] == self.bank.copied
         assert sum(load.used for load in done) == len(self.bank.taken)
         assert trace.peak_bytes == store.peak_bytes <= store.budget_bytes
-        assert self.bank.count() == 0
+        eventually(lambda: self.bank.count() == 0)
 
 
 TestSource = SourceMachine.TestCase
-TestSource.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestSource.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.parametrize("mode", ["thread", "inline"])

@@ -1,12 +1,14 @@
 """The store's books against a simple model."""
 
+from typing import Any
+
 import hypothesis.strategies as st
 import jax.numpy as jnp
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from moe_jax.model.experts import ExpertWeights
+from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.policies import LRU
 from moe_jax.offload.store import ArrayStore
 from moe_jax.trace import Load
@@ -16,7 +18,7 @@ SIZE = 10
 KEYS = [(layer, expert) for layer in range(2) for expert in range(3)]
 
 
-class Part:
+class _Part:
     """Stands for a device array."""
 
     def __init__(self):
@@ -27,7 +29,10 @@ class Part:
         self.deleted = True
 
 
-def load(key):
+Part: Any = _Part
+
+
+def load(key: Key):
     return Load(*key, "demand", SIZE, 0, 0.0)
 
 
@@ -133,7 +138,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestStore.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 def test_a_budget_for_no_expert_is_refused():

@@ -7,6 +7,7 @@
 Any field of the configuration can be set as --config.FIELD=VALUE.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def main() -> None:
     print_table(metrics, config.offload.link_gbps > 0)
     if OUTPUT_JSON.value:
         outputs = [vars(output) for output in generation.outputs]
-        document = {"config": CONFIG.value.to_dict(), "outputs": outputs, "metrics": metrics}
+        document = {"config": dataclasses.asdict(model.config), "outputs": outputs, "metrics": metrics}
         Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
     if TRACE.value:
         model.engine.source.trace.save(TRACE.value)  # pyright: ignore[reportAttributeAccessIssue]
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def read_prompts() -> tuple[list[str], bool]:
-    """Prompts from flags, files, or standard input; otherwise two of our own. The second value: did the user give any."""
+    """Prompts from flags, files, or standard input, otherwise two of our own; and whether the user gave any."""
     prompts = list(PROMPT.value)
     for name in PROMPT_FILE.value:
         try:
@@ -92,14 +93,16 @@ def describe(model, chosen: bool) -> None:
     if config.offload.tier != "none":
         source = model.engine.source
         kept = (
-            f"{experts * source.expert_bytes / 1e6:.1f} MB in {config.offload.tier} memory, a budget of"
-            f" {source.budget_bytes / 1e6:.1f} MB ({config.offload.device_budget}) on the device,"
+            f"{experts * source.store.expert_bytes / 1e6:.1f} MB in {config.offload.tier} memory, a budget of"
+            f" {source.store.budget_bytes / 1e6:.1f} MB ({config.offload.device_budget}) on the device,"
             f" predictor {config.prefetch.predictor}, policy {config.offload.policy}"
         )
     name = "the shipped model" if not config.checkpoint else config.checkpoint
     print(f"{name}: {a.num_layers} layers, {a.num_experts} experts, {a.top_k} active; experts: {kept}")
     if not config.checkpoint:
         print("For another model: --config.checkpoint=DIR, a Hugging Face directory such as Mixtral-8x7B-v0.1")
+    for note in model.notes:
+        print(note)
     if not chosen:
         print("No prompt given (--prompt, --prompt_file or standard input): two of our own")
 
@@ -136,11 +139,15 @@ def print_table(metrics: dict, simulated: bool) -> None:
     ms = lambda s: "-" if s is None else f"{1e3 * s:.2f} ms"
     pct = lambda x: "-" if x is None else f"{100 * x:.1f}%"
     mb = lambda x: "-" if x is None else f"{x / 1e6:.3f} MB"
+    number = lambda x, digits: "-" if x is None else f"{x:.{digits}f}"
     tpot, needed, moved = metrics["tpot_s"], metrics["needed"], metrics["bytes_per_token"]
     rows = [
         ("time to first token", ms(metrics["ttft_s"])),
-        ("time per output token, median / p90 / p99", " / ".join(ms(tpot[k]) for k in ("median", "p90", "p99")) + mark),
-        ("tokens per second, all prompts", "-" if metrics["tokens_per_s"] is None else f"{metrics['tokens_per_s']:.1f}"),
+        ("time per output token, median / p90 / p99", " / ".join(map(ms, tpot.values())) + mark),
+        (
+            "tokens per second, all prompts",
+            number(metrics["tokens_per_s"], 1),
+        ),
         ("compilation, not in the times above", ms(metrics["compile_s"])),
         (f"needed experts: {' / '.join(needed)}", " / ".join(map(pct, needed.values()))),
         ("hit rate (cached + prefetched)", pct(metrics["hit_rate"])),
@@ -151,8 +158,11 @@ def print_table(metrics: dict, simulated: bool) -> None:
         ("predictor alone, per token", ms(metrics["predictor_s_per_token"])),
         ("bound with perfect overlap, max(C, T)", ms(metrics["bound_overlap_s"]) + mark),
         ("bound with none, C + T (LRU on demand)", ms(metrics["bound_serial_s"]) + mark),
-        ("overlap share", "-" if metrics["overlap_share"] is None else f"{metrics['overlap_share']:.2f}"),
-        ("peak expert bytes on the device / budget", f"{mb(metrics['peak_device_cache_bytes'])} / {mb(metrics['device_budget_bytes'])}"),
+        ("overlap share", number(metrics["overlap_share"], 2)),
+        (
+            "peak expert bytes on the device / budget",
+            " / ".join(mb(metrics[name]) for name in ("peak_device_cache_bytes", "device_budget_bytes")),
+        ),
         ("peak memory of the process", mb(metrics["peak_rss_bytes"])),
     ]
     table = Table(show_header=False)

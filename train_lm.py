@@ -15,14 +15,27 @@ EXPORT = flags.DEFINE_string("export", None, "Directory for the trained model in
 
 
 def main() -> None:
+    import json
+    import logging as std_logging
+    from pathlib import Path
+
+    from absl import logging
+
     from moe_jax.training import loop
 
-    config = loop.TrainConfig.from_dict(CONFIG.value.to_dict())
+    logging.set_verbosity(logging.INFO)
+    std_logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    values = CONFIG.value.to_dict()
+    config = loop.TrainConfig.from_dict(values)
     params = loop.train(config)
     if EXPORT.value:
         from moe_jax.checkpoint import export
+        from moe_jax.training import scores
 
         export.save(EXPORT.value, config.architecture, params, config.data)
+        manifest = json.loads((Path(config.data) / "manifest.json").read_text())
+        for name, score in scores.write_card(Path(EXPORT.value), Path(config.data), values, manifest).items():
+            print(name, {key: round(value, 3) for key, value in score.items()})
 
 
 if __name__ == "__main__":

@@ -34,14 +34,14 @@ def get_config() -> ConfigDict:
         )
     )
     c.domain_weights = ConfigDict(dict(code=0.55, docs=0.27, prose=0.18))
-    c.steps = 4000
+    c.steps = 2400
     c.batch_tokens = 4096
     c.context = 256
     c.final_context = 512  # the last `final_context_steps` steps see longer windows, so that 512 tokens work
-    c.final_context_steps = 400
+    c.final_context_steps = 300
     c.learning_rate = 8e-3
     c.warmup_steps = 100
-    c.decay_steps = 1000  # constant rate until steps - decay_steps, then linear to zero
+    c.decay_steps = 800  # constant rate until steps - decay_steps, then linear to zero
     c.weight_decay = 0.02
     c.capacity_factor = 1.25
     c.balance_loss = 0.02

@@ -26,8 +26,8 @@ def run(main: Callable[[], None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
-        _use_compilation_cache()
         try:
+            _use_compilation_cache()
             main()
         except UserError as error:
             fail(str(error))

@@ -52,7 +52,7 @@ class Trace:
     """Records one run. The decode thread writes steps; whoever copies writes loads (under the loader's lock)."""
 
     def __init__(self, keep_predictions: bool = False):
-        """`keep_predictions`: keep the predicted probabilities too, for `Step.predicted` (memory: H * E floats each)."""
+        """`keep_predictions`: keep what was predicted too, for `Step.predicted` (H * E floats each)."""
         self.loads: list[Load] = []
         self.token = -1
         self.peak_bytes = 0
@@ -122,9 +122,9 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON lines: a header, then every step, then every load."""
-        header = {"kind": "trace", "schema": SCHEMA, "peak_bytes": self.peak_bytes, "decode_tokens": self._decode_tokens}
+        header = {"schema": SCHEMA, "peak_bytes": self.peak_bytes, "decode_tokens": self._decode_tokens}
         with Path(path).open("w") as file:
-            file.write(json.dumps(header) + "\n")
+            file.write(json.dumps({"kind": "trace", **header}) + "\n")
             for step in self.steps():
                 predicted = None if step.predicted is None else np.asarray(step.predicted).tolist()
                 file.write(json.dumps({"kind": "step", **vars(step), "predicted": predicted}) + "\n")

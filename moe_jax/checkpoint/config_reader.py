@@ -160,9 +160,7 @@ class ConfigReader:
             )
         r, contradictions = a.routing, []
         if isinstance(a.attention, GroupedQuery) and a.attention.num_heads % a.attention.num_kv_heads:
-            contradictions.append(
-                f"{a.attention.num_heads} query heads over {a.attention.num_kv_heads} of keys"
-            )
+            contradictions.append(f"{a.attention.num_heads} query heads over {a.attention.num_kv_heads} of keys")
         if a.attention.rope_dim % 2:
             contradictions.append(f"a rotary width of {a.attention.rope_dim}, which is odd")
         if a.num_experts % r.num_groups or r.groups_kept > r.num_groups:

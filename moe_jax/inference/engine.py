@@ -188,7 +188,10 @@ class Engine:
     def decode(self, tokens: jax.Array | np.ndarray, state: DecodeState) -> jax.Array:
         """One step: tokens int32 [B] enter at each row's position; returns float32 logits [B, V]. Updates `state`."""
         stages = self.stages
-        positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None]  # inactive: no write
+        # A row that has ended writes past its cache, that is nowhere.
+        positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[
+            :, None
+        ]  # inactive: no write
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
         if self.record:
@@ -279,11 +282,19 @@ class Engine:
             x = stages.combine(routed.residual, outputs, routed.gates, x)
             stages.head(self.dense, x, np.zeros(B, np.int32)).block_until_ready()
         if self.predictor is not None:
-            ids = np.zeros((a.num_moe_layers, B, 1, a.top_k), np.int32)
-            state = self.predictor.prime(self.spec, ids)
-            features = Features(np.int32(0), routed.residual, routed.logits, routed.ids, routed.gates)
-            self._predict(self.predictor_params, state, features, np.ones(B, bool))
+            jax.block_until_ready(self.example_prediction(B)())
         return time.perf_counter() - began
+
+    def example_prediction(self, batch: int) -> Callable[[], Any]:
+        """A call of the predictor alone on zeros, for compilation and timing."""
+        assert self.predictor is not None
+        a = self.architecture
+        zeros = lambda *shape: jnp.zeros((batch, *shape), jnp.float32)
+        ids = jnp.zeros((batch, a.top_k), jnp.int32)
+        residual = zeros(a.d_model).astype(self.stages.dtype)
+        features = Features(np.int32(0), residual, zeros(a.num_experts), ids, zeros(a.top_k))
+        state = self.predictor.prime(self.spec, np.zeros((a.num_moe_layers, batch, 1, a.top_k), np.int32))
+        return lambda: self._predict(self.predictor_params, state, features, np.ones(batch, bool))
 
 
 def _power_of_two(n: int) -> int:

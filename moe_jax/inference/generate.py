@@ -58,6 +58,7 @@ class Generation:
         self.max_new_tokens, self.sampling, self.batch_size = max_new_tokens, sampling, batch_size
         self.timing = Timing()
         self.record = Record()
+        self.capacity = 0  # cache positions of the latest batch
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         self.engine.record = self.record
@@ -73,6 +74,7 @@ class Generation:
         decoders = [StreamDecoder(self.tokenizer) for _ in outputs]
         began = time.perf_counter()
         logits, state = engine.prefill([o.prompt_token_ids for o in outputs], self.max_new_tokens)
+        self.capacity = state.capacity
         tokens = sample(logits, self.sampling, np.int32(0))
         for step in range(self.max_new_tokens):
             if step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -34,8 +34,8 @@ class Checkpoint(Protocol):
 class HostBank:
     """Every expert as pinned_host arrays in the checkpoint's own dtype."""
 
-    def __init__(self, checkpoint: Checkpoint, device: jax.Device | None = None):
-        """Reads expert after expert, so that beside the bank never more than one exists. `device`: default the first."""
+    def __init__(self, checkpoint: Checkpoint, device: Any = None):
+        """Reads expert after expert, so that never more than one exists twice; `device`: default the first."""
         device = device or jax.devices()[0]
         host = SingleDeviceSharding(device, memory_kind="pinned_host")
         self._device = SingleDeviceSharding(device, memory_kind="device")

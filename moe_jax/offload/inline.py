@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from moe_jax.model.experts import ExpertWeights, Key
-from moe_jax.offload.loader import Loader
-from moe_jax.offload.threaded import _wait_for
+from moe_jax.offload.loader import Loader, wait_for
+from moe_jax.offload.store import is_ready
 from moe_jax.trace import Cause
 
 
@@ -64,7 +64,7 @@ class InlineLoader(Loader):
             if self.store.has_room():
                 self._issue(key, "demand")
             elif self.store.draining:
-                _wait_for(self.store.draining[0].uses)
+                wait_for(self.store.draining[0].uses)
             elif (victim := self._victim_for(key)) is not None:
                 self._evict(victim)
             else:
@@ -104,4 +104,4 @@ class InlineLoader(Loader):
 
 
 def _all_ready(weights: ExpertWeights) -> bool:
-    return all(array.is_ready() for array in jax.tree.leaves(weights))
+    return all(is_ready(array) for array in jax.tree.leaves(weights))

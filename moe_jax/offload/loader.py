@@ -6,7 +6,7 @@ overtaken, so at most one speculative copy is in flight. Who may be evicted:
     for an expert that `take` blocks on       anything unpinned that this `take` does not want; of the experts that the
                                               current request still waits to take, only if there is nothing else
     for any other demanded expert             unpinned, and not among those still to be taken
-    for a speculated one                      the same, idle, and expected to be worth less than it
+    for a speculated one                      the same, idle, and less likely to be needed than it
 
 What a `take` wants and what is pinned together never exceed the budget (checked), every copy ends, and computations end
 by themselves: so each `take` ends too, at every budget.
@@ -83,7 +83,7 @@ class Loader:
             self._pending = dict.fromkeys(keys)
             self._demand.clear()
             self._failures.clear()
-            outcomes = [self._classify(key) for key in keys]
+            outcomes: list[Outcome] = [self._classify(key) for key in keys]
             for key in keys:
                 self.store.use(key)
             if self._demand:
@@ -118,6 +118,8 @@ class Loader:
     def release(self, keys: Sequence[Key], after: jax.Array) -> None:
         """Unpins what was taken; it is in use until `after` is ready."""
         with self._lock:
+            if self._closed:
+                return
             for key in keys:
                 self.store.unpin(key, after)
             if self._starved:
@@ -208,13 +210,13 @@ class Loader:
         best = self._outlook.best(self._layer, self._copy_s / self._layer_s if self._layer_s else 0.0)
         if best is None:
             return None
-        key, value = best
+        key, probability = best
         self.store.settle()
         if not self.store.has_room():
             # Only idle ones: waiting for a computation would hold up a demand that comes meanwhile.
-            worse = self._outlook.below(self._evictable(False), value)
+            worse = self._outlook.below(self._evictable(False), probability)
             candidates = {key: None for key in worse if self.store.resident[key].idle()}
-            if not candidates or self.store.draining:
+            if not candidates:
                 return None
             self._evict(self.store.victim(candidates))
         return key
@@ -245,7 +247,7 @@ class Loader:
         self._copy_s = took if not self._copy_s else 0.9 * self._copy_s + 0.1 * took
 
     def _fail(self, key: Key, error: Exception) -> None:
-        """A demanded expert's failure waits for its `take`; a speculated one's is forgotten, and not tried again soon."""
+        """A demanded expert's failure waits for its `take`; a speculated one's only ends the speculation."""
         # The frames of the traceback may hold the arrays; their memory must be free when the bytes stop counting.
         traceback.clear_frames(error.__traceback__)
         self.store.abort(key)
@@ -260,3 +262,12 @@ class Loader:
         for key in self._wanted:
             if key in self._failures:
                 raise self._failures.pop(key)
+
+
+def wait_for(uses: Sequence[jax.Array]) -> None:
+    """Blocks until computations have ended."""
+    for use in uses:
+        try:
+            use.block_until_ready()
+        except Exception:  # one that failed has ended too; whoever reads its result is told
+            continue

@@ -53,7 +53,8 @@ class Outlook:
             its time, so the value is the probability times the share of the copy that can be hidden.
 
         Returns:
-          The key and its value, comparable with the probabilities of `below`.
+          The key and its probability. That, and not its value, is what decides about evictions: an expert that turns
+          out to be needed takes somebody's place anyway, sooner or later.
         """
         order = self._ahead[layer]
         if not self._live.any():
@@ -63,9 +64,11 @@ class Outlook:
         if layers_per_copy > 0:
             value *= np.minimum(1.0, self._distance / layers_per_copy)[:, None]
         row, expert = divmod(int(value.argmax()), value.shape[1])
-        best = float(value[row, expert])
-        return ((int(order[row]), expert), best) if best > 0 else None
+        if value[row, expert] <= 0:
+            return None
+        key = (int(order[row]), expert)
+        return key, float(self._value[key])
 
-    def below(self, keys: Iterable[Key], value: float) -> list[Key]:
-        """Those of `keys` that are expected to be worth less than `value`."""
-        return [key for key in keys if self._value[key] < value]
+    def below(self, keys: Iterable[Key], probability: float) -> list[Key]:
+        """Those of `keys` that are less likely to be needed."""
+        return [key for key in keys if self._value[key] < probability]

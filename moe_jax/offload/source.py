@@ -109,6 +109,7 @@ class OffloadedExperts:
 
     @trace.setter
     def trace(self, trace: Trace) -> None:
+        trace.peak_bytes = max(trace.peak_bytes, self._loader.store.used_bytes)
         self._loader.trace = trace
 
     @property

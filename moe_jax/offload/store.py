@@ -25,12 +25,13 @@ class Entry:
     weights: ExpertWeights
     load: Load
     pins: int = 0
-    uses: list[jax.Array] = dataclasses.field(default_factory=list)  # ready when computations that use it have completed
+    # Each is ready once a computation that uses this expert has completed.
+    uses: list[jax.Array] = dataclasses.field(default_factory=list)
 
     def idle(self) -> bool:
         """Whether every computation that uses it has completed."""
         if self.uses:
-            self.uses = [use for use in self.uses if not use.is_ready()]
+            self.uses = [use for use in self.uses if not is_ready(use)]
         return not self.uses
 
 
@@ -132,3 +133,8 @@ class ArrayStore:
             else:
                 busy.append(entry)
         self.draining = busy
+
+
+def is_ready(array: jax.Array) -> bool:
+    """Whether the computation or copy that makes `array` has completed."""
+    return array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  (missing from jax's own stub)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from moe_jax.model.experts import ExpertWeights, Key
-from moe_jax.offload.loader import Loader
+from moe_jax.offload.loader import Loader, wait_for
 from moe_jax.trace import Load
 
 
@@ -62,7 +62,7 @@ class ThreadLoader(Loader):
                 if isinstance(job, Load):
                     self._move(job)
                 else:
-                    _wait_for(job)
+                    wait_for(job)
         except BaseException as error:  # a bug: the decode thread must not wait for ever
             with self._lock:
                 self._crash = error
@@ -112,11 +112,3 @@ class ThreadLoader(Loader):
             rest = load.t_issue + self._link_s - time.perf_counter() + (self._delay(key) if self._delay else 0.0)
             self._stop.wait(max(rest, 0.0))
         return weights
-
-
-def _wait_for(uses: list[jax.Array]) -> None:
-    for use in uses:
-        try:
-            use.block_until_ready()
-        except Exception:  # a computation that failed has ended too; whoever reads its result is told
-            continue

@@ -73,7 +73,8 @@ def forward(a: Architecture, graph, params: Params, tokens: jax.Array, capacity_
     """tokens int32 [B, T] to logits float32 [B, T, V] and statistics, each a mean over layers or [L, E].
 
     `balance` is the load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4), 1 when perfectly even, taken
-    per sequence so that no expert starves within one domain (DeepSeek-V3, arXiv 2412.19437, eq. 17); `router_z` the router z-loss of ST-MoE (arXiv 2202.08906, eq. 5); `load` [L, E] the share of assignments.
+    per sequence so that no expert starves within one domain (DeepSeek-V3, arXiv 2412.19437, eq. 17); `router_z` the
+    router z-loss of ST-MoE (arXiv 2202.08906, eq. 5); `load` [L, E] the share of assignments.
     """
     decoder: Decoder = nnx.merge(graph, params["dense"])
     B, T = tokens.shape

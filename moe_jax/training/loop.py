@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -140,13 +139,12 @@ def train(c: TrainConfig) -> dict[str, Any]:
         began, seen = time.time(), 0
         for step in range(start, c.steps):
             context = c.context if step < c.steps - c.final_context_steps else c.final_context
-            rows = corpus.batch(
-                streams["train"], c.domain_weights, step, c.seed, c.batch_tokens // context, context
-            )
+            rows = corpus.batch(streams["train"], c.domain_weights, step, c.seed, c.batch_tokens // context, context)
             state, stats = update(state, rows)
             seen += c.batch_tokens
             done = step + 1
             if done % 20 == 0 or done == c.steps:
+                jax.block_until_ready(stats)  # steps run asynchronously
                 speed = seen / (time.time() - began)
                 logging.info(
                     "step %d/%d loss %.3f balance %.2f dropped %.1f%% least-used expert %.2f of its share,"

@@ -1,0 +1,1 @@
+"""Measurements of a loaded model: speed now; perplexity and agreement belong here too."""

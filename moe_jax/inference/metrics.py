@@ -1,0 +1,78 @@
+"""The numbers of a generation, as design.md defines them; null where one does not apply."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import numpy as np
+
+from moe_jax.inference import bounds
+from moe_jax.inference.engine import Engine, Record
+from moe_jax.inference.generate import Generation
+
+PERCENTILES = {"median": 50, "p90": 90, "p99": 99}
+
+
+def measure(generation: Generation, compile_s: float, link_gbps: float = 0.0) -> dict[str, Any]:
+    """All numbers of what `generation` has done so far. Replays some steps to find the bounds (about a second).
+
+    Args:
+      compile_s: seconds spent compiling, which no other number contains.
+      link_gbps: the simulated link of the run, or 0.
+    """
+    engine, timing, record = generation.engine, generation.timing, generation.record
+    steps = np.array(timing.step_s)
+    tokens = sum(len(output.token_ids) for output in generation.outputs)
+    offloaded: Any = engine.source if hasattr(engine.source, "trace") else None
+    summary = offloaded.trace.summary() if offloaded else {}
+    result = {
+        "compile_s": compile_s,
+        "ttft_s": float(np.median(timing.ttft_s)) if timing.ttft_s else None,
+        "tpot_s": {name: float(np.percentile(steps, q)) if len(steps) else None for name, q in PERCENTILES.items()},
+        "tokens_per_s": tokens / timing.total_s if timing.total_s else None,
+        "needed": summary.get("needed") or dict.fromkeys(("cached", "prefetched", "late", "missed")),
+        "hit_rate": summary.get("hit_rate"),
+        "recall": recall(record, engine.architecture.num_moe_layers),
+        "ready_recall": summary.get("ready_recall"),
+        "bytes_per_token": summary.get("bytes_per_token")
+        or dict.fromkeys(("demand", "speculative_used", "speculative_wasted")),
+        "stall_s_per_token": summary.get("stall_s_per_token"),
+        "predictor_s_per_token": bounds.predictor_seconds(engine, len(record.active[0])) if record.active else None,
+        "bound_overlap_s": None,
+        "bound_serial_s": None,
+        "overlap_share": None,
+        "peak_device_cache_bytes": summary.get("peak_device_cache_bytes"),
+        "device_budget_bytes": offloaded.store.budget_bytes if offloaded else None,
+    }
+    if offloaded and len(steps):
+        compute, transfer = _compute_and_transfer(engine, generation, link_gbps)
+        result["bound_overlap_s"] = max(compute, transfer)
+        result["bound_serial_s"] = compute + transfer
+        result["overlap_share"] = bounds.overlap_share(compute, transfer, float(np.median(steps)))
+    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result
+
+
+def recall(record: Record, num_layers: int) -> float | None:
+    """Recall of the prediction one layer ahead, not wrapped: top-U of its ranking against the U experts needed."""
+    found = []
+    for i, needed in enumerate(record.needed[1:]):
+        if i < len(record.predicted) and (i + 1) % num_layers:
+            guess = np.argsort(-record.predicted[i], kind="stable")[: len(needed)]
+            found.append(len(set(guess.tolist()) & set(needed)) / len(needed))
+    return float(np.mean(found)) if found else None
+
+
+def _compute_and_transfer(engine: Engine, generation: Generation, link_gbps: float) -> tuple[float, float]:
+    """C and T, seconds per decode step."""
+    source: Any = engine.source
+    record, layers = generation.record, engine.architecture.num_moe_layers
+    resident = [entry.weights for entry in source.store.resident.values()]
+    # Which weights does not matter to the time; those of the store are spread over the experts that ran.
+    pick = lambda layer, expert: resident[(layer * engine.architecture.num_experts + expert) % len(resident)]
+    compute = bounds.replay(engine, record, pick, generation.capacity)
+    loads = bounds.lru_loads(record, layers, source.store.capacity)
+    rate = source.link_bytes_per_s()
+    transfer = loads * source.store.expert_bytes / len(record.active) / min(rate, link_gbps * 1e9 or rate)
+    return compute, transfer

@@ -1,0 +1,138 @@
+"""Activations on disk: shards of whole windows, a manifest that says what they are of, resumable shard by shard.
+
+    DIR/manifest.json   schema, model fingerprint, spec, digest of the planned windows, sizes
+    DIR/shard_00000/    residual.npy float16 [n, L, T, D], logits.npy float16 [n, L, T, E], ids.npy uint16 [n, L, T, K]
+
+A shard is written beside its place and renamed when it is complete, so a shard that exists is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.errors import UserError
+from moe_jax.prediction.interface import Spec
+from moe_jax.prediction.texts import Windows
+
+SCHEMA = 1
+SHARD_WINDOWS = 64
+_NAMES = ("residual", "logits", "ids")
+
+
+class Activations(NamedTuple):
+    """Logged arrays of some windows."""
+
+    residual: np.ndarray  # float16 [W, L, T, D]
+    logits: np.ndarray  # float16 [W, L, T, E]
+    ids: np.ndarray  # uint16 [W, L, T, K]: the router's own choice, which rounded logits might not give
+    lengths: np.ndarray  # int32 [W]
+
+
+def half(x: np.ndarray) -> np.ndarray:
+    """To float16. Residuals of large models have outliers beyond its range: they are clipped, not made infinite."""
+    return np.clip(x, -65504.0, 65504.0).astype(np.float16)
+
+
+class ActivationLog:
+    """A log, complete or not. `missing()` says which shards are still to be written."""
+
+    def __init__(self, directory: str | Path, spec: Spec, model: str, windows: Windows):
+        """Opens the log of these windows, or starts it.
+
+        Args:
+          directory: where it lies.
+          spec, model: sizes and fingerprint of the model.
+          windows: what is logged.
+
+        Raises:
+          UserError: the directory holds a log of another model or of other text.
+        """
+        self.directory, self.windows = Path(directory), windows
+        self.shapes = (spec.num_layers, windows.tokens.shape[1])
+        manifest = {
+            "schema": SCHEMA,
+            "model": model,
+            "spec": dataclasses.asdict(dataclasses.replace(spec, horizon=1)),
+            "text": windows.digest(),
+            "windows": len(windows.tokens),
+            "window_tokens": windows.tokens.shape[1],
+            "tokens": int(windows.lengths.sum()),
+            "shard_windows": SHARD_WINDOWS,
+        }
+        file = self.directory / "manifest.json"
+        if file.exists():
+            found = _read(file)
+            for key, what in (("schema", "another version"), ("model", "another model"), ("text", "other text")):
+                if found.get(key) != manifest[key]:
+                    raise UserError(f"{directory} is an activation log of {what}; delete it or choose another folder")
+            if found != manifest:
+                raise UserError(f"{file} is damaged; delete {directory}")
+        else:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(manifest, indent=1) + "\n")
+            os.replace(partial, file)
+        self._manifest = manifest
+        self._open: dict[int, list[np.ndarray]] = {}
+
+    def identity(self) -> dict[str, str]:
+        """What the log is of: fingerprint of the model, digest of the text."""
+        return {"model": self._manifest["model"], "text": self._manifest["text"]}
+
+    def missing(self) -> list[int]:
+        """Shards that are not complete."""
+        count = -(-len(self.windows.tokens) // SHARD_WINDOWS)
+        return [shard for shard in range(count) if not self._path(shard).is_dir()]
+
+    def rows(self, shard: int) -> np.ndarray:
+        """Windows of a shard, int [n]."""
+        start = shard * SHARD_WINDOWS
+        return np.arange(start, min(start + SHARD_WINDOWS, len(self.windows.tokens)))
+
+    def write(self, shard: int, residual: np.ndarray, logits: np.ndarray, ids: np.ndarray) -> None:
+        """Stores one shard: residual [n, L, T, D], logits [n, L, T, E], ids [n, L, T, K] of `rows(shard)`."""
+        expected = (len(self.rows(shard)), *self.shapes)
+        partial = self._path(shard).with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, array in zip(_NAMES, (half(residual), half(logits), ids.astype(np.uint16)), strict=True):
+            if array.shape[:3] != expected:
+                raise ValueError(f"{name} is {array.shape[:3]}, the log wants {expected}")
+            np.save(partial / f"{name}.npy", array)
+        os.rename(partial, self._path(shard))
+
+    def read(self, windows: Sequence[int] | np.ndarray) -> Activations:
+        """Copies the activations of these windows, in this order, out of the memory-mapped shards."""
+        picked: list[list[np.ndarray]] = []
+        for window in windows:
+            shard, row = divmod(int(window), SHARD_WINDOWS)
+            if shard not in self._open:
+                files = [self._path(shard) / f"{name}.npy" for name in _NAMES]
+                try:
+                    self._open[shard] = [np.load(file, mmap_mode="r") for file in files]
+                except (OSError, ValueError) as error:
+                    raise UserError(f"shard {self._path(shard)} cannot be read ({error}); delete that folder") from None
+            picked.append([array[row] for array in self._open[shard]])
+        arrays = [np.stack(column) for column in zip(*picked, strict=True)]
+        return Activations(*arrays, self.windows.lengths[np.asarray(windows)])
+
+    def _path(self, shard: int) -> Path:
+        return self.directory / f"shard_{shard:05d}"
+
+
+def _read(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged; delete {file.parent}")
+    return found

@@ -1,0 +1,82 @@
+"""A trained predictor on disk: weights with orbax, and what they are for as JSON beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from moe_jax.errors import UserError
+from moe_jax.prediction.interface import Spec
+
+SCHEMA = 1
+
+
+def save(directory: str | Path, params: Any, spec: Spec, model: str, notes: dict[str, Any]) -> None:
+    """Writes a predictor: weights as float16 (half the size, and recall does not change), replacing an earlier one.
+
+    Args:
+      directory: created.
+      params: of `Learned`.
+      spec, model: what it was trained for; model is the fingerprint.
+      notes: anything worth keeping, for people (JSON).
+    """
+    directory = Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory / "weights", ignore_errors=True)
+    half = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), params["network"])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory / "weights", half)
+    card = {"schema": SCHEMA, "model": model, "spec": dataclasses.asdict(spec), "notes": notes}
+    (directory / "predictor.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def load(directory: str | Path, spec: Spec, model: str) -> Any:
+    """Parameters of `Learned` in float32, cut to `spec.horizon`.
+
+    Raises:
+      UserError: there is no predictor, it was trained for another model, or its horizon is shorter than asked for.
+    """
+    directory = Path(directory).absolute()
+    try:
+        card = json.loads((directory / "predictor.json").read_text())
+        if card["schema"] != SCHEMA:
+            raise UserError(f"predictor {directory} has another format; train it again with train_predictor.py")
+        trained, trained_for = Spec(**card["spec"]), card["model"]
+    except FileNotFoundError:
+        raise UserError(f"{directory} holds no trained predictor; make one with train_predictor.py") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory / 'predictor.json'} is damaged ({error}); train it again") from None
+    if trained_for != model:
+        raise UserError(
+            f"predictor {directory} was trained for another model; train one for this model with train_predictor.py,"
+            " or choose --config.prefetch.predictor=router"
+        )
+    if trained.horizon < spec.horizon:
+        raise UserError(
+            f"predictor {directory} looks {trained.horizon} layers ahead, not {spec.horizon};"
+            f" set --config.prefetch.horizon={trained.horizon} or train a longer one"
+        )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            network = checkpointer.restore(directory / "weights")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights of predictor {directory} cannot be read ({reason}); train it again") from None
+    network = {name: jnp.asarray(table, jnp.float32) for name, table in network.items()}
+    H, E = spec.horizon, spec.num_experts
+    cut = {"residual": -1, "gates": -1, "hidden_out": -1, "bias": -1}
+    for name in cut:
+        network[name] = network[name][..., : H * E]
+    for name in ("previous", "scale", "shift"):
+        network[name] = network[name][:, :H]
+    # Rows of hidden_in: residual, gates, then the target layers' last experts, horizon by horizon.
+    network["hidden_in"] = network["hidden_in"][:, : spec.d_model + E + H * E]
+    return {"network": network, "eps": jnp.float32(spec.norm_eps)}

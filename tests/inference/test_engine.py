@@ -1,0 +1,109 @@
+"""The resident engine against the slow dense reference: prefill, decode, batches, and what ends a row."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.checkpoint.families import mixtral
+from moe_jax.checkpoint.hf import HFCheckpoint
+from moe_jax.errors import UserError
+from moe_jax.inference.engine import Engine, Record
+from moe_jax.inference.grouping import arities, assign, bucket
+from moe_jax.inference.resident import ResidentExperts
+from moe_jax.model.decoder import Stages, device_weights
+from tests import reference
+from tests.tiny import SIZES, TINY, write_tiny
+
+
+@pytest.fixture(scope="module", params=["tied", "wide"])
+def model(request, tmp_path_factory):
+    """(directory, architecture, engine): tied embeddings and K = 2, or K = 3 with one key/value head."""
+    changes = {"tied": dict(tie_embeddings=True), "wide": dict(top_k=3, num_kv_heads=1, num_layers=3)}[request.param]
+    a = mixtral.architecture(**{**SIZES, **changes})
+    directory = write_tiny(tmp_path_factory.mktemp("model"), a)
+    return directory, a, make_engine(directory)
+
+
+def make_engine(directory, **options) -> Engine:
+    checkpoint = HFCheckpoint(directory)
+    stages = Stages(checkpoint.architecture, jnp.float32)
+    return Engine(stages, device_weights(checkpoint.dense(), jnp.float32), ResidentExperts(checkpoint), **options)
+
+
+def prompts(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, TINY.vocab_size, n).tolist() for n in lengths]
+
+
+def greedy(engine: Engine, rows, steps: int) -> np.ndarray:
+    """Logits [steps + 1, rows, V] of a greedy run."""
+    logits, state = engine.prefill(rows, steps)
+    out = [np.asarray(logits)]
+    for _ in range(steps):
+        out.append(np.asarray(engine.decode(out[-1].argmax(-1).astype(np.int32), state)))
+    return np.stack(out)[:, : len(rows)]
+
+
+def close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 33, 140])
+def test_prefill_then_decode_equals_the_full_forward_pass(model, length):
+    directory, a, engine = model
+    weights = reference.read(directory)
+    [prompt] = prompts([length])
+    engine.record = Record()
+    logits = greedy(engine, [prompt], 5)
+    record, engine.record = engine.record, None
+    sequence = prompt + [int(row.argmax()) for row in logits[:-1, 0]]
+    full, chosen = reference.forward(a, weights, sequence)
+    close(logits[:, 0], full[length - 1 :])
+    decoded = np.stack(record.ids).reshape(5, a.num_layers, a.top_k)
+    np.testing.assert_array_equal(decoded, chosen[:, length:].swapaxes(0, 1))
+
+
+def test_a_batch_equals_its_prompts_one_by_one(model):
+    _, _, engine = model
+    rows = prompts([3, 60, 17])
+    together = greedy(engine, rows, 4)
+    for row, prompt in enumerate(rows):
+        close(together[:, row], greedy(engine, [prompt], 4)[:, 0])
+
+
+def test_chunks_do_not_change_the_result(model):
+    directory, _, engine = model
+    rows = prompts([100, 90])
+    close(greedy(make_engine(directory, prefill_chunk=64), rows, 3), greedy(engine, rows, 3))
+
+
+def test_rows_that_ended_change_nothing_for_the_others(model):
+    _, _, engine = model
+    rows = prompts([9, 5])
+    expected = greedy(engine, rows, 3)
+    logits, state = engine.prefill(rows, 3)
+    tokens = np.asarray(logits).argmax(-1).astype(np.int32)
+    state.active = np.array([True, False])
+    for step in range(1, 4):
+        logits = np.asarray(engine.decode(tokens, state))
+        close(logits[0], expected[step, 0])  # fewer rows in a bucket may round differently
+        tokens = logits.argmax(-1).astype(np.int32)
+    assert state.lengths.tolist() == [12, 5]
+
+
+def test_prompts_that_do_not_fit_are_refused(model):
+    _, _, engine = model
+    with pytest.raises(UserError, match="empty"):
+        engine.prefill([[]], 1)
+    with pytest.raises(UserError, match="context of 256"):
+        engine.prefill(prompts([256]), 1)
+    engine.prefill(prompts([255]), 1)
+
+
+def test_grouping():
+    assert [arities(n, 2) for n in (1, 2, 5)] == [[1], [2], [2, 2, 1]]
+    assert arities(13, 8) == [8, 4, 1] and arities(6, 6) == [4, 2] and arities(3, 1) == [1, 1, 1]
+    assert [bucket(n, 256) for n in (1, 2, 3, 8, 9, 33, 200)] == [1, 2, 8, 8, 32, 128, 256]
+    ids = np.array([[4, 1], [1, 0], [2, 4]])
+    rows, slots = assign(ids, np.array([True, True, False]), [1, 4], 4)
+    assert rows.tolist() == [[0, 1], [0, 0]] and slots.tolist() == [[1, 2], [0, 6]]

@@ -1,0 +1,128 @@
+"""The first invariant: offloaded logits are bitwise those of the resident engine, whatever the timing."""
+
+import dataclasses
+import random
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.checkpoint.hf import HFCheckpoint
+from moe_jax.inference.engine import Engine
+from moe_jax.inference.resident import ResidentExperts
+from moe_jax.model.architecture import Routing
+from moe_jax.model.decoder import Stages, device_weights
+from moe_jax.offload.bank import HostBank
+from moe_jax.offload.source import OffloadedExperts
+from moe_jax.prediction import predictors
+from tests.prediction.tiny_predictor import write_predictor
+from tests.tiny import TINY, write_tiny
+
+PREDICTORS = ("none", "random", "router", "repeat", "frequency", "learned")
+
+
+class Setting:
+    """One checkpoint with everything that may be shared between runs."""
+
+    def __init__(self, directory, predictor_directory):
+        self.checkpoint = HFCheckpoint(directory)
+        self.a = a = self.checkpoint.architecture
+        self.stages = Stages(a, jnp.float32)
+        self.dense = device_weights(self.checkpoint.dense(), jnp.float32)
+        self.resident = Engine(self.stages, self.dense, ResidentExperts(self.checkpoint))
+        self.bank = HostBank(self.checkpoint)
+        self.smallest = a.top_k * self.bank.expert_bytes
+        # Engines are kept, so that each predictor is compiled once.
+        self.engines = {
+            name: Engine(
+                self.stages,
+                self.dense,
+                ResidentExperts(self.checkpoint),
+                predictors.load(name, 4, predictor_directory, a, self.dense),
+            )
+            for name in PREDICTORS
+        }
+
+    def offloaded(self, predictor: str, budget: int, mode, delays: int | None) -> tuple[Engine, OffloadedExperts]:
+        rng = random.Random(delays)
+        delay = None if delays is None else (lambda key: rng.choice([0.0, 0.0, 0.0005, 0.002]))
+        engine = self.engines[predictor]
+        engine.source = source = OffloadedExperts(self.bank, self.a, budget, mode=mode, delay=delay)
+        return engine, source
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """By K. A sum of two outputs is the same in either order; only three show the order of arrival."""
+    found = {}
+    for top_k in (2, 3):
+        directory = write_tiny(tmp_path_factory.mktemp("model"), dataclasses.replace(TINY, routing=Routing(top_k)))
+        predictor = tmp_path_factory.mktemp("predictor")
+        write_predictor(predictor, HFCheckpoint(directory), horizon=4)
+        found[top_k] = Setting(directory, str(predictor))
+    return found
+
+
+def run(engine: Engine, rows, steps: int) -> np.ndarray:
+    logits, state = engine.prefill(rows, steps)
+    out = [np.asarray(logits)]
+    for _ in range(steps):
+        out.append(np.asarray(engine.decode(out[-1].argmax(-1).astype(np.int32), state)))
+    return np.stack(out)
+
+
+@settings(max_examples=25)
+@given(
+    top_k=st.sampled_from([2, 3]),
+    predictor=st.sampled_from(PREDICTORS),
+    share=st.sampled_from(["smallest", 0.25, 1.0]),
+    lengths=st.one_of(
+        st.lists(st.integers(1, 200), min_size=1, max_size=1), st.lists(st.integers(1, 60), min_size=3, max_size=3)
+    ),
+    mode=st.sampled_from(["thread", "inline"]),
+    delays=st.one_of(st.none(), st.integers(0, 10**6)),
+    seed=st.integers(0, 10**6),
+)
+def test_bitwise_equal_to_the_resident_engine(models, top_k, predictor, share, lengths, mode, delays, seed):
+    tiny = models[top_k]
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(3, TINY.vocab_size, n).tolist() for n in lengths]
+    total = tiny.a.num_moe_layers * tiny.a.num_experts * tiny.bank.expert_bytes
+    budget = tiny.smallest if share == "smallest" else max(int(share * total), tiny.smallest)
+    expected = run(tiny.resident, rows, 6)
+    engine, source = tiny.offloaded(predictor, budget, mode, delays)
+    try:
+        assert expected.tobytes() == run(engine, rows, 6).tobytes()
+        assert source.store.peak_bytes <= budget
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_every_predictor_and_budget_once(models, top_k):
+    """What hypothesis may not draw in one run: the whole table, at the timing of this machine."""
+    tiny = models[top_k]
+    for lengths in ([40], [3, 1, 17]):
+        rng = np.random.default_rng(0)
+        rows = [rng.integers(3, TINY.vocab_size, n).tolist() for n in lengths]
+        expected = run(tiny.resident, rows, 6)
+        for predictor in PREDICTORS:
+            for experts in (top_k, 9, 35):
+                engine, source = tiny.offloaded(predictor, experts * tiny.bank.expert_bytes, "thread", None)
+                assert expected.tobytes() == run(engine, rows, 6).tobytes(), (lengths, predictor, experts)
+                source.close()
+
+
+def test_the_resident_reference_never_imports_offload(tmp_path):
+    directory = write_tiny(tmp_path / "model")
+    code = (
+        "import sys, moe_jax\n"
+        f"model = moe_jax.load({str(directory)!r}, offload={{'tier': 'none'}}, prefetch={{'predictor': 'none'}})\n"
+        "assert ''.join(model.generate('abc', 3)) is not None\n"
+        "assert not [name for name in sys.modules if name.startswith('moe_jax.offload')]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

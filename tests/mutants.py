@@ -1,0 +1,91 @@
+"""Breaks the code on purpose, one way at a time, and shows that the suite turns red.
+
+    python tests/mutants.py [NAME ...]
+
+Each mutant is one replacement in a copy of the tree; the tests named beside it must then fail (and pass unbroken).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    """One deliberate bug: replacements, each of text that occurs once, in one file."""
+
+    file: str
+    changes: dict[str, str]
+    tests: str
+
+
+LOSSLESS, ENGINE = "tests/inference/test_lossless.py", "tests/inference/test_engine.py"
+MUTANTS = {
+    "two experts swapped in the bank": Mutant(
+        "moe_jax/offload/bank.py",
+        {"put(self._experts[key],": "put(self._experts[key[0], {0: 1, 1: 0}.get(key[1], key[1])],"},
+        LOSSLESS,
+    ),
+    "staging buffer reused while alive": Mutant(
+        "moe_jax/checkpoint/safetensors_file.py",
+        {
+            "    raw = np.empty(nbytes + 64, np.uint8)\n": "    raw = _STAGING.setdefault(nbytes, "
+            "np.empty(nbytes + 64, np.uint8))\n",
+            "def empty(": "_STAGING = {}\n\n\ndef empty(",
+        },
+        ENGINE,
+    ),
+    "outputs summed in arrival order": Mutant(
+        "moe_jax/inference/engine.py",
+        {
+            "        groups, start = [], 0\n": "        groups, start = [], 0\n"
+            "        self.arrival = np.argsort([rank[expert] for expert in needed]) if single else slice(None)\n",
+            "combine(routed.residual, outputs, routed.gates, x)\n            if": "combine("
+            "routed.residual, outputs[self.arrival], routed.gates[:, self.arrival], x)\n            if",
+        },
+        LOSSLESS,
+    ),
+    "KV length off by one": Mutant(
+        "moe_jax/inference/engine.py",
+        {"state.lengths = state.lengths + state.active": "state.lengths = state.lengths + 2 * state.active"},
+        ENGINE,
+    ),
+}
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the tests stay green on a broken copy of the tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "tree"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "data", "__pycache__", ".*"))
+        file = copy / mutant.file
+        text = file.read_text()
+        for old, new in mutant.changes.items():
+            if text.count(old) != 1:
+                raise SystemExit(f"a mutant of {mutant.file} no longer applies: {old!r} occurs {text.count(old)} times")
+            text = text.replace(old, new)
+        file.write_text(text)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
+        environment = {**os.environ, "PYTHONPATH": str(copy)}
+        return subprocess.run(command, cwd=copy, env=environment, capture_output=True).returncode == 0
+
+
+def main(names: list[str]) -> int:
+    alive = 0
+    for name in names or MUTANTS:
+        green = survives(MUTANTS[name])
+        alive += green
+        print(f"{'SURVIVED' if green else 'caught  '}  {name}", flush=True)
+    print(f"{len(names or MUTANTS) - alive} passed, {alive} failed")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

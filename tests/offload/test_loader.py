@@ -1,0 +1,306 @@
+"""What moves when, copy by copy: a gated bank holds every copy until the test lets it go."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from moe_jax.offload.loader import LoadError
+from tests.offload.rig import (
+    BANK,
+    Computation,
+    WatchedBank,
+    check_contents,
+    eventually,
+    predictions,
+    ready,
+    source,
+    within,
+)
+
+BOTH = pytest.mark.parametrize("mode", ["thread", "inline"])
+
+
+@pytest.fixture
+def opened():
+    """Closes what a test opened, letting gated copies go first."""
+    sources = []
+
+    def make(bank, *args, **kwargs):
+        sources.append((bank, source(bank, *args, **kwargs)))
+        return sources[-1][1]
+
+    yield make
+    for bank, made in sources:
+        bank.let(100)
+        within(5, made.close)
+
+
+def use(s, layer, experts, after=None):
+    """A whole layer: request, take, check, release; returns the outcomes."""
+    s.request(layer, experts)
+    outcomes = s.trace.steps()[-1].outcomes
+    weights = within(5, s.take, layer, experts)
+    for expert, one in zip(experts, weights, strict=True):
+        check_contents((layer, expert), one)
+    s.release(layer, experts, after or ready())
+    return outcomes
+
+
+def warm(s, *keys):
+    for layer, expert in keys:
+        use(s, layer, [expert])
+
+
+def test_demand_comes_before_speculation_and_one_speculation_is_in_flight(opened):
+    bank = WatchedBank(8, gated=True)
+    s = opened(bank, 8, "thread")
+    s.offer(0, predictions({1: 0.9, 2: 0.8, 3: 0.7}))
+    bank.wait_started()
+    time.sleep(0.02)
+    assert bank.copied == [(1, 1)]
+    s.request(0, [4, 5])
+    bank.let(5)
+    eventually(lambda: len(bank.copied) == 5)
+    assert bank.copied == [(1, 1), (0, 4), (0, 5), (1, 2), (1, 3)]
+
+
+def test_inline_issues_demands_then_one_speculation_at_each_boundary(opened):
+    bank = WatchedBank(8)
+    s = opened(bank, 8, "inline", delay=lambda key: 0.01)
+    s.request(0, [4, 5])
+    s.offer(0, predictions({1: 0.9, 2: 0.8}))
+    assert bank.copied == [(0, 4), (0, 5), (1, 1)]
+    s.offer(0, predictions({1: 0.9, 2: 0.8}))
+    assert bank.copied == [(0, 4), (0, 5), (1, 1)]
+    time.sleep(0.05)
+    s.offer(0, predictions({1: 0.9, 2: 0.8}))
+    assert bank.copied[3:] == [(1, 2)]
+
+
+@BOTH
+def test_outcomes_of_speculation(opened, mode):
+    bank = WatchedBank(8)
+    s = opened(bank, 8, mode)
+    assert use(s, 0, [0, 1]) == ("missed", "missed")
+    s.offer(0, predictions({2: 0.9}))
+    eventually(lambda: s._loader._poll() or (1, 2) in s.store.resident)
+    assert use(s, 1, [2, 3]) == ("prefetched", "missed")
+    assert use(s, 1, [3, 2]) == ("cached", "cached")  # only the first use is prefetched
+    assert [(load.cause, load.used) for load in s.trace.loads] == [
+        ("demand", True), ("demand", True), ("speculative", True), ("demand", True),
+    ]  # fmt: skip
+
+
+def test_a_speculated_expert_still_on_its_way_is_late_and_not_loaded_twice(opened):
+    bank = WatchedBank(8, gated=True)
+    s = opened(bank, 8, "thread")
+    s.offer(0, predictions({2: 0.9}))
+    bank.wait_started()
+    assert s.request(1, [3, 2]) == [2, 3]  # what is on its way comes first
+    assert s.trace.steps()[-1].outcomes == ("missed", "late")
+    threading.Timer(0.02, bank.let, (2,)).start()
+    check_contents((1, 2), within(5, s.take, 1, [2])[0])
+    assert bank.copied[0] == (1, 2) and bank.copied.count((1, 2)) == 1
+    assert s.trace.steps()[-1].stall_s > 0
+
+
+@BOTH
+def test_speculation_is_dropped_when_its_layer_has_passed(opened, mode):
+    bank = WatchedBank(8)
+    s = opened(bank, 8, mode, delay=lambda key: 0.02)
+    s.request(0, [0])
+    s.offer(0, predictions({1: 0.9, 2: 0.8}, {3: 0.7}))  # the link is busy with (0, 0)
+    s.request(1, [5])
+    within(5, s.take, 1, [5])
+    for _ in range(20):
+        time.sleep(0.005)
+        s.offer(1, predictions({3: 0.7}))
+    assert (2, 3) in bank.copied and (1, 2) not in bank.copied
+
+
+@BOTH
+def test_speculation_evicts_only_what_is_expected_to_be_worth_less(opened, mode):
+    bank = WatchedBank(2)
+    s = opened(bank, 2, mode)
+    warm(s, (1, 0), (2, 0))
+    s.request(0, [])
+    s.offer(0, predictions({0: 0.6, 1: 0.5}, {0: 0.9, 1: 0.7}))
+    eventually(lambda: s._loader._poll() or (2, 1) in s.store.resident)
+    assert set(s.store.resident) == {(2, 0), (2, 1)}  # (1, 0), worth 0.6, went, and (1, 1) is worth less than both
+    s.offer(0, predictions({0: 0.6, 1: 0.5}, {0: 0.9, 1: 0.7}))
+    time.sleep(0.02)
+    assert set(s.store.resident) == {(2, 0), (2, 1)} and len(bank.copied) == 3
+
+
+@BOTH
+def test_speculation_spares_what_is_pinned_pending_or_in_use(opened, mode):
+    bank = WatchedBank(3)
+    s = opened(bank, 3, mode)
+    warm(s, (0, 0), (0, 1))
+    running = Computation()
+    use(s, 0, [2], after=running)  # in use
+    s.request(0, [0, 1])
+    within(5, s.take, 0, [0])  # pinned; (0, 1) is pending
+    s.offer(0, predictions({5: 1.0}))
+    time.sleep(0.02)
+    assert (1, 5) not in bank.copied
+    running.end()
+    s.offer(0, predictions({5: 1.0}))
+    eventually(lambda: s._loader._poll() or (1, 5) in s.store.resident)
+    assert set(s.store.resident) == {(0, 0), (0, 1), (1, 5)}
+    s.release(0, [0], ready())
+
+
+@BOTH
+def test_bytes_count_until_the_last_use_has_completed(opened, mode):
+    bank = WatchedBank(2)
+    s = opened(bank, 2, mode)
+    warm(s, (0, 0))
+    running = Computation()
+    use(s, 0, [1], after=running)
+    s.request(1, [0, 1])
+    done = []
+    taker = threading.Thread(target=lambda: done.append(s.take(1, [0, 1])))
+    taker.start()
+    time.sleep(0.05)
+    assert not done and (1, 1) not in bank.copied  # (0, 1) still takes its place
+    running.end()
+    taker.join(5)
+    assert done and not bank.excess
+    s.release(1, [0, 1], ready())
+
+
+@BOTH
+def test_a_queued_demand_waits_rather_than_evicting_what_is_still_to_be_taken(opened, mode):
+    bank = WatchedBank(2)
+    s = opened(bank, 2, mode)
+    warm(s, (0, 0), (0, 1))
+    assert s.request(0, [3, 0, 4, 1]) == [0, 1, 3, 4]
+    time.sleep(0.02)
+    assert len(bank.copied) == 2
+    for group in ([0, 1], [3, 4]):
+        for expert, weights in zip(group, within(5, s.take, 0, group), strict=True):
+            check_contents((0, expert), weights)
+        del weights
+        s.release(0, group, ready())
+    assert sorted(bank.copied) == [(0, 0), (0, 1), (0, 3), (0, 4)]
+
+
+@BOTH
+def test_a_blocked_take_evicts_what_is_pending_and_it_is_loaded_again(opened, mode):
+    bank = WatchedBank(2)
+    s = opened(bank, 2, mode)
+    warm(s, (0, 0), (0, 1))
+    s.request(0, [0, 1, 2, 3])
+    for group in ([2, 3], [0, 1]):  # against the order advised
+        for expert, weights in zip(group, within(5, s.take, 0, group), strict=True):
+            check_contents((0, expert), weights)
+        del weights
+        s.release(0, group, ready())
+    assert sorted(bank.copied[2:]) == [(0, 0), (0, 1), (0, 2), (0, 3)] and not bank.excess
+
+
+@BOTH
+def test_taking_more_than_fits_is_an_error_and_no_deadlock(opened, mode):
+    s = opened(WatchedBank(2), 2, mode)
+    s.request(0, [0, 1, 2])
+    within(5, s.take, 0, [0, 1])
+    with pytest.raises(RuntimeError, match="not released"):
+        within(5, s.take, 0, [2])
+    s.release(0, [0, 1], ready())
+    check_contents((0, 2), within(5, s.take, 0, [2])[0])
+
+
+@BOTH
+def test_a_failing_copy_surfaces_in_take_and_can_be_tried_again(opened, mode):
+    bank = WatchedBank(2)
+    s = opened(bank, 2, mode)
+    bank.fail = {(0, 1)}
+    s.request(0, [0, 1])
+    with pytest.raises(LoadError, match="layer 0 expert 1 .* on fire"):
+        within(5, s.take, 0, [0, 1])
+    check_contents((0, 0), within(5, s.take, 0, [0])[0])
+    s.release(0, [0], ready())
+    bank.fail = set()
+    check_contents((0, 1), within(5, s.take, 0, [1])[0])
+    s.release(0, [1], ready())
+    assert s.store.used_bytes == bank.count() * bank.expert_bytes
+
+
+@BOTH
+def test_a_failing_speculation_is_not_repeated_and_harms_nobody(opened, mode):
+    bank = WatchedBank(8)
+    s = opened(bank, 8, mode)
+    bank.fail = {(1, 3)}
+    s.offer(0, predictions({3: 0.9, 4: 0.8}))
+    eventually(lambda: s._loader._poll() or (1, 4) in s.store.resident)
+    assert bank.copied == [(1, 3), (1, 4)]
+    bank.fail = set()
+    assert use(s, 1, [3, 4]) == ("missed", "prefetched")
+
+
+def test_a_crash_of_the_copy_thread_surfaces(opened, monkeypatch):
+    s = opened(WatchedBank(2), 2, "thread")
+    monkeypatch.setattr(s._loader, "_arrive", lambda *_: 1 / 0)
+    s.request(0, [0])
+    with pytest.raises(RuntimeError, match="ended unexpectedly"):
+        within(5, s.take, 0, [0])
+
+
+def test_an_interrupted_take_leaves_the_source_usable_and_closable(opened):
+    bank = WatchedBank(2, gated=True)
+    s = opened(bank, 2, "thread")
+    s.request(0, [0, 1])
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        s.take(0, [0, 1])
+    timer.join()
+    bank.let(2)
+    check_contents((0, 1), within(5, s.take, 0, [0, 1])[1])
+    s.begin_token(0)  # what was taken and never released does not stay pinned
+    bank.let(2)
+    use(s, 1, [0, 1])
+    within(5, s.close)
+    assert not s._loader._thread.is_alive()
+
+
+@BOTH
+def test_close_ends_everything(opened, mode):
+    bank = WatchedBank(4)
+    s = opened(bank, 4, mode, delay=lambda key: 30.0 if key == (1, 1) else 0.0)
+    use(s, 0, [0, 1])
+    s.offer(0, predictions({1: 0.9}))
+    bank.wait_started()
+    within(5, s.close)  # does not sit out the delay
+    within(5, s.close)
+    s.release(0, [], ready())
+    with pytest.raises(RuntimeError, match="closed"):
+        s.request(0, [0])
+    with pytest.raises(RuntimeError, match="closed"):
+        s.take(0, [0])
+    assert bank.count() == 0
+
+
+def test_close_wakes_a_blocked_take(opened):
+    bank = WatchedBank(2, gated=True)
+    s = opened(bank, 2, "thread")
+    s.request(0, [0])
+    threading.Timer(0.02, lambda: (bank.let(9), s.close())).start()
+    with pytest.raises(RuntimeError, match="closed"):
+        within(5, lambda: [s.take(0, [expert]) for expert in (0, 1, 2, 3)])
+
+
+@BOTH
+def test_a_simulated_link_takes_its_time(opened, mode):
+    seconds = 0.03
+    s = opened(WatchedBank(4), 4, mode, link_gbps=BANK.expert_bytes / seconds / 1e9)
+    began = time.perf_counter()
+    use(s, 0, [0, 1])
+    assert time.perf_counter() - began >= 2 * seconds
+    first, second = s.trace.loads
+    assert first.t_done - first.t_issue >= seconds and second.t_done - began >= 2 * seconds
+    assert s.trace.steps()[0].stall_s >= 2 * seconds * 0.9

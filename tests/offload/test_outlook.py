@@ -1,0 +1,78 @@
+"""What is worth a speculative copy."""
+
+import numpy as np
+import pytest
+
+from moe_jax.offload.outlook import Outlook
+from tests.offload.rig import E, K, L, predictions
+
+
+def outlook():
+    return Outlook(L, E, K)
+
+
+def test_nothing_is_worth_a_copy_before_a_prediction():
+    assert outlook().best(0, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("ahead", "layers_per_copy", "expected"),
+    [
+        ([{1: 0.9, 2: 0.8}], 0.0, (1, 1)),
+        ([{1: 0.9}, {2: 0.95}], 0.0, (2, 2)),  # the most likely one, though farther
+        ([{1: 1.0}, {2: 1.0}, {3: 1.0}], 0.0, (1, 1)),  # the nearest of equals
+        ([{}, {}, {3: 0.9}], 0.0, (0, 3)),  # wraps into the next token
+        ([{1: 0.9}, {2: 0.8}], 4.0, (2, 2)),  # 0.9 x 1/4 hidden against 0.8 x 2/4
+        ([{1: K / E}], 0.0, None),  # no better than the prior
+        ([{}], 0.0, None),
+    ],
+)
+def test_best(ahead, layers_per_copy, expected):
+    o = outlook()
+    o.offer(0, predictions(*ahead))
+    best = o.best(0, layers_per_copy)
+    assert (best and best[0]) == expected
+    if best:  # whatever can be hidden, evictions compare probabilities
+        assert best[1] == pytest.approx(ahead[(best[0][0] - 1) % L][best[0][1]])
+
+
+def test_what_is_held_is_no_candidate_until_it_is_gone():
+    o = outlook()
+    o.offer(0, predictions({1: 0.9, 2: 0.8}))
+    o.hold((1, 1), True)
+    assert o.best(0, 0.0) == ((1, 2), pytest.approx(0.8))
+    o.hold((1, 1), False)
+    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.9))
+
+
+def test_a_layer_that_has_passed_is_dropped_and_falls_back_to_the_prior():
+    o = outlook()
+    o.offer(0, predictions({1: 0.9}, {2: 0.8}))
+    assert o.below([(1, 1), (1, 2), (2, 2)], 0.5) == [(1, 2)]
+    o.passed(1)
+    assert o.best(1, 0.0) == ((2, 2), pytest.approx(0.8))
+    assert o.below([(1, 1), (1, 2)], K / E) == []  # exactly the prior
+    assert o.below([(1, 1), (1, 2)], K / E + 0.01) == [(1, 1), (1, 2)]
+
+
+def test_a_new_prediction_replaces_the_one_before():
+    o = outlook()
+    o.offer(0, predictions({1: 0.9}, {2: 0.8}))
+    o.offer(1, predictions({3: 0.7}))
+    assert o.best(1, 0.0) == ((1, 1), pytest.approx(0.9))  # layer 1 has not passed here
+    o.passed(1)
+    assert o.best(1, 0.0) == ((2, 3), pytest.approx(0.7))
+
+
+def test_a_horizon_longer_than_the_model_is_cut():
+    o = outlook()
+    o.offer(0, predictions({1: 0.5}, {}, {}, {1: 0.9}))
+    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.5))
+
+
+def test_offered_arrays_are_not_aliased():
+    o = outlook()
+    table = predictions({1: 0.9})
+    o.offer(0, table)
+    table[:] = np.nan
+    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.9))

@@ -1,0 +1,24 @@
+"""A predictor for a tiny checkpoint with the file format of a trained one, and weights that say something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from moe_jax.checkpoint.hf import HFCheckpoint
+from moe_jax.prediction import saved
+from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
+from moe_jax.prediction.learned import Learned
+
+
+def write_predictor(directory: Path, checkpoint: HFCheckpoint, horizon: int) -> Path:
+    """Random tables: useless as a prediction, and so a good test of everything that must not depend on it."""
+    spec, parts = Spec.of(checkpoint.architecture, horizon), ModelParts.of(checkpoint.dense())
+    params = Learned().init(jax.random.key(0), spec, parts)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    params["network"] = {
+        name: table + 0.1 * jax.random.normal(next(keys), table.shape) for name, table in params["network"].items()
+    }
+    saved.save(directory, params, spec, fingerprint(spec, parts), {})
+    return directory

@@ -1,0 +1,159 @@
+"""infer.py as a user meets it: text, table, JSON, one-line errors, Ctrl-C."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.tiny import TINY, write_tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    # No eos: random weights would end a text at once.
+    return write_tiny(tmp_path_factory.mktemp("model"), dataclasses.replace(TINY, eos_ids=()))
+
+
+def command(*flags) -> list[str]:
+    return [sys.executable, str(ROOT / "infer.py"), f"--config={ROOT}/configs/mixtral.py", *map(str, flags)]
+
+
+def infer(*flags, stdin="") -> subprocess.CompletedProcess:
+    return subprocess.run(command(*flags), input=stdin, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_text_table_and_json(checkpoint, tmp_path):
+    out, trace = tmp_path / "out.json", tmp_path / "trace.jsonl"
+    done = infer(
+        f"--config.checkpoint={checkpoint}",
+        "--prompt=abc",
+        "--prompt=second prompt",
+        "--max_new_tokens=12",
+        "--config.prefetch.predictor=repeat",
+        "--config.offload.device_budget=50%",
+        f"--output_json={out}",
+        f"--trace={trace}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "hit rate" in done.stdout and "bound" in done.stdout
+    document = json.loads(out.read_text())
+    assert [len(output["token_ids"]) for output in document["outputs"]] == [12, 12]
+    assert [output["prompt"] for output in document["outputs"]] == ["abc", "second prompt"]
+    metrics = document["metrics"]
+    assert sum(metrics["needed"].values()) == pytest.approx(1)
+    assert metrics["hit_rate"] == pytest.approx(metrics["needed"]["cached"] + metrics["needed"]["prefetched"])
+    assert metrics["peak_device_cache_bytes"] <= metrics["device_budget_bytes"]
+    assert metrics["bound_serial_s"] >= metrics["bound_overlap_s"] > 0
+    assert metrics["tpot_s"]["p90"] >= metrics["tpot_s"]["median"] > 0
+    assert document["config"]["prefetch"]["predictor"] == "repeat"
+    assert trace.read_text().startswith('{"kind": "trace"')
+    resident = tmp_path / "resident.json"
+    done = infer(
+        f"--config.checkpoint={checkpoint}",
+        "--prompt=abc",
+        "--prompt=second prompt",
+        "--max_new_tokens=12",
+        "--config.offload.tier=none",
+        f"--output_json={resident}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(resident.read_text())["outputs"] == document["outputs"]
+    assert json.loads(resident.read_text())["metrics"]["hit_rate"] is None
+
+
+def test_standard_input_and_sampling_seed(checkpoint):
+    flags = (f"--config.checkpoint={checkpoint}", "--max_new_tokens=20", "--temperature=1.5", "--top_k=50")
+    texts = [infer(*flags, f"--seed={seed}", stdin="from a pipe").stdout.split("\n\n")[1] for seed in (1, 1, 2)]
+    assert texts[0].startswith("from a pipe")
+    assert texts[0] == texts[1] != texts[2]
+
+
+def broken(checkpoint: Path, target: Path, change) -> Path:
+    """A copy of the checkpoint whose tensors went through `change`."""
+    target.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (target / name).write_bytes((checkpoint / name).read_bytes())
+    save_file(change(load_file(checkpoint / "model.safetensors")), target / "model.safetensors")
+    return target
+
+
+MISTAKES = {
+    "unknown flag": (["--promt=x"], "--prompt"),
+    "unknown config field": (["--config.offload.device_budgte=25%"], "device_budget"),
+    "misspelt enum": (["--config.prefetch.predictor=routr"], "router"),
+    "wrong type": (["--config.batch_size=many"], "batch_size"),
+    "no directory": (["--config.checkpoint=/nowhere/at/all"], "/nowhere/at/all"),
+    "no config.json": (["--config.checkpoint={empty}"], "config.json"),
+    "missing tensor": (["--config.checkpoint={missing}"], "model.norm.weight"),
+    "extra tensor": (["--config.checkpoint={extra}"], "model.surplus.weight"),
+    "truncated tensor": (["--config.checkpoint={truncated}"], "truncated"),
+    "long prompt": (["--config.checkpoint={good}", "--prompt=" + "x" * 300], "context of 256"),
+    "empty prompt": (["--config.checkpoint={good}", "--prompt="], "empty"),
+    "small budget": (["--config.checkpoint={good}", "--config.offload.device_budget=1KiB"], "smallest"),
+    "no such prompt file": (["--config.checkpoint={good}", "--prompt_file=/nowhere.txt"], "/nowhere.txt"),
+    "bad output folder": (["--config.checkpoint={good}", "--output_json=/no/such/folder/x.json"], "/no/such/folder"),
+    "bad sampling": (["--config.checkpoint={good}", "--top_p=1.5"], "--top_p"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(checkpoint, tmp_path_factory):
+    base = tmp_path_factory.mktemp("broken")
+    (base / "empty").mkdir()
+    truncated = broken(checkpoint, base / "truncated", lambda tensors: tensors)
+    with (truncated / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 100)
+    without = lambda tensors: {name: t for name, t in tensors.items() if name != "model.norm.weight"}
+    surplus = lambda tensors: {**tensors, "model.surplus.weight": tensors["model.norm.weight"]}
+    return {
+        "good": checkpoint,
+        "empty": base / "empty",
+        "truncated": truncated,
+        "missing": broken(checkpoint, base / "missing", without),
+        "extra": broken(checkpoint, base / "extra", surplus),
+    }
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(places, mistake):
+    flags, named = MISTAKES[mistake]
+    done = infer(*(flag.format(**places) for flag in flags))
+    lines = [line for line in done.stderr.splitlines() if not line.endswith("...")]  # progress
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("infer.py: error: ") and named in lines[0], done.stderr
+
+
+def test_ctrl_c_prints_what_there_is(checkpoint, tmp_path):
+    out = tmp_path / "out.json"
+    flags = (f"--config.checkpoint={checkpoint}", "--prompt=go on", "--max_new_tokens=240", f"--output_json={out}")
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    slow = "--config.offload.link_gbps=0.0005"  # every copy takes 18 ms, so that the run lasts
+    with subprocess.Popen(
+        command(*flags, slow, "--config.offload.device_budget=2%"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        printed = ""
+        while "go on" not in printed and process.poll() is None:
+            printed += process.stdout.read(1)
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        printed += process.communicate(timeout=60)[0]
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed and "interrupted" in printed and "hit rate" in printed
+    document = json.loads(out.read_text())
+    assert 0 < len(document["outputs"][0]["token_ids"]) < 240
+    assert document["metrics"]["needed"]["missed"] is not None

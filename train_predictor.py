@@ -1,0 +1,143 @@
+"""Trains the network that predicts which experts the next layers will need.
+
+    python train_predictor.py --config=configs/predictor.py [--text=FOLDER_OR_FILE ...] [--config.FIELD=VALUE ...]
+
+Runs the model over text, logs activations to disk, fits the network, and prints recall by layer and horizon on texts it
+has not seen. Killed at any moment, the same command goes on where it stopped and ends with the same weights.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from moe_jax import cli
+from moe_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/predictor.py", "Model, text budget and fit.")
+TEXT = flags.DEFINE_multi_string("text", [], "File or folder to train on; repeatable. Default: Python's own library.")
+TEST_TEXT = flags.DEFINE_multi_string("test_text", [], "File to test on; repeatable. Default: the shipped test texts.")
+OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write scores and timings to this file.")
+
+LOG_BATCH = 8  # windows that go through the model together
+BASELINES = ("router", "repeat", "frequency")  # that the table compares with
+
+
+def main() -> None:
+    if OUTPUT_JSON.value and not Path(OUTPUT_JSON.value).absolute().parent.is_dir():
+        raise UserError(f"--output_json={OUTPUT_JSON.value}: its folder does not exist")
+    started = time.time()
+    c = CONFIG.value.to_dict()
+
+    import jax
+
+    from moe_jax.config import Config
+    from moe_jax.inference.session import Model, shipped
+    from moe_jax.model.layers import parameter_counts
+    from moe_jax.prediction import fit, metrics, predictors, report, saved, texts
+    from moe_jax.prediction.activation_log import ActivationLog
+    from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
+
+    offload = {"tier": c["tier"], "device_budget": c["device_budget"]}
+    chunk = LOG_BATCH * c["window"]  # a batch of windows is one prefill chunk
+    values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk}
+    model = Model(Config.from_dict(values | {"prefetch": {"predictor": "none"}}))
+    a = model.checkpoint.architecture
+    spec, parts = Spec.of(a, c["horizon"]), ModelParts.of(model.engine.dense)
+    identity, output = fingerprint(spec, parts), Path(c["output"])
+    if not 2 <= c["window"] < a.max_seq_len:
+        raise UserError(f"--config.window={c['window']} must be from 2 to {a.max_seq_len - 1} for this model")
+
+    tests = TEST_TEXT.value or sorted(map(str, shipped("held_out").glob("held_out_*.txt")))
+    if not tests:
+        raise UserError("no test texts are shipped; name one with --test_text=FILE")
+    sources = TEXT.value or [texts.standard_library()]
+    encode = model.tokenizer.encode
+    train_plan = texts.plan(encode, sources, c["window"], c["max_tokens"], c["seed"], exclude=tests)
+    test_plan = texts.plan(encode, tests, c["window"])
+    logs = {}
+    for name, plan in (("train", train_plan), ("test", test_plan)):
+        logs[name] = ActivationLog(output / "log" / name, spec, identity, plan)
+        log_activations(model.engine, logs[name], f"logging {name} text, {plan.lengths.sum():,} tokens")
+    logged_s = time.time() - started
+
+    settings = fit.FitConfig(**c["fit"], seed=c["seed"])
+    validation = texts.validation_windows(train_plan, c["validation_share"], c["seed"])
+    with report.progress("fitting", settings.steps) as advance:
+        params, best = fit.fit(settings, spec, parts, logs["train"], validation, output / "fit", advance)
+    fitted_s = time.time() - started - logged_s
+
+    scores = {"learned": metrics.evaluate(predictors.Learned(), params, spec, logs["test"])}
+    for name in BASELINES:
+        baseline = predictors.BASELINES[name]
+        initial = baseline.init(jax.random.key(c["seed"]), spec, parts)
+        scores[name] = metrics.evaluate(baseline, initial, spec, logs["test"])
+    cost = predictors.Learned.multiply_adds(params) * spec.num_layers / parameter_counts(a)["active"]
+    summary = {
+        "model": identity,
+        "train_tokens": int(train_plan.lengths.sum()),
+        "test_tokens": int(test_plan.lengths.sum()),
+        "validation": best,
+        "share_of_active_multiply_adds": cost,
+        "seconds": {"logging": logged_s, "fitting": fitted_s, "total": time.time() - started},
+    }
+    saved.save(output / "predictor", params, spec, identity, {"config": c, **summary})
+    report.print_scores(scores, spec)
+    print(
+        f"{summary['train_tokens']:,} tokens; logging {logged_s:.0f} s, fitting {fitted_s:.0f} s; the network costs"
+        f" {100 * cost:.1f}% of the model's active multiply-adds\n"
+        f"saved: --config.prefetch.checkpoint={output / 'predictor'}"
+    )
+    if OUTPUT_JSON.value:
+        by_name = {name: score.to_dict() for name, score in scores.items()}
+        document = {"config": c, "spec": dataclasses.asdict(spec), **summary, "scores": by_name}
+        Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+    model.close()
+
+
+def log_activations(engine, log, title: str) -> None:
+    """Prefills every window that the log lacks and stores what each layer's router saw and chose."""
+    import numpy as np
+
+    from moe_jax.prediction import report
+
+    missing = log.missing()
+    done = len(log.windows.tokens) - sum(len(log.rows(shard)) for shard in missing)
+    with report.progress(title, len(log.windows.tokens)) as advance:
+        for shard in missing:
+            rows, parts = log.rows(shard), []
+            for start in range(0, len(rows), LOG_BATCH):
+                part = rows[start : start + LOG_BATCH]
+                parts.append([x[: len(part)] for x in run_windows(engine, log.windows, part)])
+                done += len(part)
+                advance(done, {})
+            log.write(shard, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def run_windows(engine, windows, rows):
+    """Residual [B, L, T, D], logits [B, L, T, E] and ids [B, L, T, K] of at most LOG_BATCH windows."""
+    import numpy as np
+
+    from moe_jax.prediction.activation_log import half
+
+    T = windows.tokens.shape[1]
+    # Always LOG_BATCH prompts, so that one set of executables serves all.
+    prompts = [windows.tokens[row, : windows.lengths[row]].tolist() for row in rows]
+    prompts += [[0]] * (LOG_BATCH - len(prompts))
+    seen = [[[] for _ in range(engine.architecture.num_moe_layers)] for _ in range(3)]
+
+    def sink(layer, chunk, routed):
+        arrays = half(np.asarray(routed.residual, np.float32)), half(np.asarray(routed.logits)), np.asarray(routed.ids)
+        for store, array in zip(seen, arrays, strict=True):
+            store[layer].append(array.reshape(LOG_BATCH, -1, array.shape[-1]))  # [B, tokens of the chunk, ...]
+
+    engine.prefill(prompts, 0, sink)
+    joined = [np.stack([np.concatenate(chunks, axis=1)[:, :T] for chunks in store], axis=1) for store in seen]
+    return [np.pad(x, ((0, 0), (0, 0), (0, T - x.shape[2]), (0, 0))) for x in joined]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -48,6 +48,18 @@ class ConfigReader:
             return default
         return value
 
+    def named(self, *names: str) -> str:
+        """Under which of its names config.json holds a field; the first one if under none.
+
+        Raises:
+          UserError: it holds several, which differ.
+        """
+        self._seen |= set(names)
+        given = {name: self._config[name] for name in names if self._config.get(name) is not None}
+        if len(set(map(repr, given.values()))) > 1:
+            raise UserError(f"config.json contradicts itself: {given}")
+        return next(iter(given), names[0])
+
     def size(self, name: str, default: Any = _MISSING, least: int = 1) -> int:
         """A whole number of at least `least`; or the default, whatever it is."""
         value = self.get(name, default)

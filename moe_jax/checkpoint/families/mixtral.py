@@ -56,7 +56,7 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         num_heads=heads,
         num_kv_heads=c.size("num_key_value_heads", heads),
         head_dim=c.size("head_dim", d_model // heads),
-        num_experts=c.size("num_local_experts"),
+        num_experts=c.size(c.named("num_local_experts", "num_experts")),
         top_k=c.size("num_experts_per_tok"),
         expert_ff=c.size("intermediate_size"),
         window=c.size("sliding_window", None),

@@ -37,7 +37,7 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         ),
         rope=c.rope(max_seq_len),
         routing=Routing(c.size("num_experts_per_tok"), renormalise=c.flag("norm_topk_prob", False)),
-        experts=Experts(c.size("num_experts"), c.size("moe_intermediate_size")),
+        experts=Experts(c.size(c.named("num_experts", "num_local_experts")), c.size("moe_intermediate_size")),
         max_seq_len=max_seq_len,
         norm_eps=c.number("rms_norm_eps", 1e-6),
         tie_embeddings=c.flag("tie_word_embeddings", False),

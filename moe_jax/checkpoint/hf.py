@@ -29,6 +29,7 @@ class HFCheckpoint:
       directory: where it lies.
       architecture: read from config.json.
       dtype: dtype of the experts' matrices: "bfloat16", "float16" or "float32".
+      dense_spec: shapes and dtypes of the dense arrays, by path.
       expert_spec: shapes and dtypes of one expert, `ExpertWeights` of `jax.ShapeDtypeStruct`.
       expert_bytes: bytes of one expert as stored.
     """
@@ -52,8 +53,10 @@ class HFCheckpoint:
         self._names = self._closest(chosen.layouts(a))
         experts = [self._names.expert(layer, e) for layer in range(a.num_moe_layers) for e in range(a.num_experts)]
         self._check([*self._names.dense.values(), *(rows for parts in experts for rows in parts.values())])
-        for rows in self._names.dense.values():
-            self._one_dtype([piece.name for piece in rows])
+        self.dense_spec = {
+            path: jax.ShapeDtypeStruct(_shape(rows), self._one_dtype([piece.name for piece in rows]))
+            for path, rows in self._names.dense.items()
+        }
         dtypes = {
             part: self._one_dtype(list(dict.fromkeys(piece.name for parts in experts for piece in parts[part])))
             for part in experts[0]
@@ -67,12 +70,16 @@ class HFCheckpoint:
     def dense(self) -> dict[str, Any]:
         """All dense weights in checkpoint dtype: numpy arrays in the tree of `nnx.to_pure_dict` of `layers.Decoder`."""
         tree: dict[Any, Any] = {}
-        for path, rows in self._names.dense.items():
+        for path in self.dense_spec:
             node = tree
             for key in path[:-1]:
                 node = node.setdefault(key, {})
-            node[path[-1]] = self._read(rows)
+            node[path[-1]] = self.dense_array(path)
         return tree
+
+    def dense_array(self, path: tuple[str | int, ...]) -> np.ndarray:
+        """One dense array in checkpoint dtype."""
+        return self._read(self._names.dense[path])
 
     def expert(self, layer: int, expert: int) -> ExpertWeights:
         """One expert as numpy arrays in checkpoint dtype; layers are counted among those that have experts."""

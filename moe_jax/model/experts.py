@@ -9,17 +9,21 @@ import jax
 import numpy as np
 
 from moe_jax.model.architecture import Activation
-from moe_jax.model.primitives import gated, linear
+from moe_jax.model.primitives import gated
+from moe_jax.model.quantized import Matrix, project
 
 Key = tuple[int, int]
 """(layer, expert): the unit of residency. Layers are counted among those that have experts."""
 
 
 class ExpertWeights(NamedTuple):
-    """One expert in the checkpoint's own dtype and `[out, in]` layout; what a model does not have is None."""
+    """One expert in the checkpoint's own format and `[out, in]` layout; what a model does not have is None.
 
-    gate_up: jax.Array  # [2F, D]: gate rows, then up rows (or interleaved, as the activation says)
-    down: jax.Array  # [D, F]
+    A matrix is an array or, quantised, one of the named tuples of `quantized.py`.
+    """
+
+    gate_up: Matrix  # [2F, D]: gate rows, then up rows (or interleaved, as the activation says)
+    down: Matrix  # [D, F]
     gate_up_bias: jax.Array | None = None  # [2F]
     down_bias: jax.Array | None = None  # [D]
 
@@ -57,9 +61,7 @@ class ExpertSource(Protocol):
 
 def run_expert(x: jax.Array, w: ExpertWeights, activation: Activation) -> jax.Array:
     """One expert on rows x [R, D], computed in x's dtype; gives [R, D]."""
-    cast = lambda array: None if array is None else array.astype(x.dtype)
-    hidden = gated(linear(x, w.gate_up.astype(x.dtype), cast(w.gate_up_bias)), activation)
-    return linear(hidden, w.down.astype(x.dtype), cast(w.down_bias))
+    return project(gated(project(x, w.gate_up, w.gate_up_bias), activation), w.down, w.down_bias)
 
 
 def run_experts(

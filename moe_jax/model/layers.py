@@ -10,10 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.model.architecture import Architecture, LayerKind, SwiGLU
-from moe_jax.model.attention import MODULES
+from moe_jax.model.architecture import Architecture, GroupedQuery, Latent, LayerKind, SwiGLU
+from moe_jax.model.attention import Attention
+from moe_jax.model.latent_attention import LatentAttention
 from moe_jax.model.primitives import FeedForward, RMSNorm
 from moe_jax.model.router import Router
+
+MODULES = {GroupedQuery: Attention, Latent: LatentAttention}
+"""The module of each kind of attention."""
 
 
 class Layer(nnx.Module):
@@ -54,17 +58,13 @@ def abstract_dense(a: Architecture, dtype: Any = jnp.float32) -> dict[str, Any]:
 
 
 def parameter_counts(a: Architecture) -> dict[str, int]:
-    """Numbers of parameters: "dense", one "expert", "total", and "active" per decoded token.
-
-    Active are the parameters that a token multiplies with or looks up: all dense ones (of an untied embedding one row
-    alone) and K experts in every layer that has them.
-    """
+    """Numbers of parameters: "dense", one "expert", "total", and "active" per token (all dense ones and K experts in
+    every layer that has them: what models are named after)."""
     dense = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_dense(a)))
     expert = sum(math.prod(shape) for shape in a.expert_shapes().values())
-    looked_up = 0 if a.tie_embeddings else (a.vocab_size - 1) * a.d_model
     return {
         "dense": dense,
         "expert": expert,
         "total": dense + a.num_moe_layers * a.num_experts * expert,
-        "active": dense - looked_up + a.num_moe_layers * a.top_k * expert,
+        "active": dense + a.num_moe_layers * a.top_k * expert,
     }

@@ -23,10 +23,9 @@ from flax import nnx
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.inference.engine import Engine, Record
 from moe_jax.model.architecture import Architecture
-from moe_jax.model.attention import MODULES
 from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.model.experts import ExpertWeights, run_expert
-from moe_jax.model.layers import Decoder, abstract_dense
+from moe_jax.model.layers import MODULES, Decoder, abstract_dense
 from moe_jax.model.primitives import linear
 from moe_jax.model.rope import rope_table
 from moe_jax.offload.bank import HostBank
@@ -90,7 +89,9 @@ class Subject:
         torch.set_num_threads(1)
         with torch.random.fork_rng():
             torch.manual_seed(sum(map(ord, case.name)))
-            model: Any = transformers.AutoModelForCausalLM.from_config(case.config, attn_implementation="eager")
+            model: Any = transformers.AutoModelForCausalLM.from_config(
+                case.config, attn_implementation="eager", experts_implementation="eager"
+            )
             model = model.to(torch.float32).eval()
             randomise(model)
         self.model = model

@@ -4,7 +4,7 @@ inference, or refused by name."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_jax.errors import UserError
@@ -101,6 +101,19 @@ class ConfigReader:
         if not all(isinstance(x, int) and not isinstance(x, bool) for x in values):
             raise UserError(f"config.json has {name}={value!r}; it must be a whole number or a list of them")
         return values
+
+    def sliding_layers(self, default: Sequence[bool]) -> list[bool]:
+        """Which layers see a sliding window: `layer_types`, or the default for as many layers."""
+        names = {True: "sliding_attention", False: "full_attention"}
+        types = self.get("layer_types", None)
+        if types is None:
+            return list(default)
+        if len(types) != len(default) or not set(types) <= set(names.values()):
+            raise UserError(
+                f"config.json asks for layer_types={types!r}; supported: {len(default)} of 'sliding_attention',"
+                " 'full_attention'"
+            )
+        return [kind == names[True] for kind in types]
 
     def special_tokens(self) -> dict[str, Any]:
         """`bos_id` and `eos_ids` of an Architecture."""

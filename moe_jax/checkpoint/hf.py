@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from moe_jax.checkpoint.families import family
-from moe_jax.checkpoint.names import Names, Rows
-from moe_jax.checkpoint.safetensors_file import DTYPES, Tensor, empty, read_header, read_into
+from moe_jax.checkpoint.names import Names, Rows, expert_weights
+from moe_jax.checkpoint.safetensors_file import DTYPES, FLOATS, Tensor, empty, read_header, read_into
 from moe_jax.errors import UserError
 from moe_jax.model.experts import ExpertWeights
 
@@ -28,7 +28,7 @@ class HFCheckpoint:
     Attributes:
       directory: where it lies.
       architecture: read from config.json.
-      dtype: dtype of the experts' matrices: "bfloat16", "float16" or "float32".
+      dtype: of the experts' matrices: "bfloat16", "float16", "float32" or "mxfp4".
       dense_spec: shapes and dtypes of the dense arrays, by path.
       expert_spec: shapes and dtypes of one expert, `ExpertWeights` of `jax.ShapeDtypeStruct`.
       expert_bytes: bytes of one expert as stored.
@@ -61,9 +61,9 @@ class HFCheckpoint:
             part: self._one_dtype(list(dict.fromkeys(piece.name for parts in experts for piece in parts[part])))
             for part in experts[0]
         }
-        self.dtype = dtypes["gate_up"].name
-        self.expert_spec = ExpertWeights(
-            **{part: jax.ShapeDtypeStruct(_shape(rows), dtypes[part]) for part, rows in experts[0].items()}
+        self.dtype = dtypes["gate_up"].name if "gate_up" in dtypes else "mxfp4"
+        self.expert_spec = expert_weights(
+            {part: jax.ShapeDtypeStruct(_shape(rows), dtypes[part]) for part, rows in experts[0].items()}
         )
         self.expert_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self.expert_spec))
 
@@ -83,7 +83,7 @@ class HFCheckpoint:
 
     def expert(self, layer: int, expert: int) -> ExpertWeights:
         """One expert as numpy arrays in checkpoint dtype; layers are counted among those that have experts."""
-        return ExpertWeights(**{part: self._read(rows) for part, rows in self._names.expert(layer, expert).items()})
+        return expert_weights({part: self._read(rows) for part, rows in self._names.expert(layer, expert).items()})
 
     def _read(self, rows: Rows) -> np.ndarray:
         """Reads pieces stacked along rows, each straight into its place."""
@@ -91,7 +91,13 @@ class HFCheckpoint:
         start = 0
         for piece in rows:
             tensor, count = self._tensors[piece.name], _shape((piece,))[0]
-            read_into(tensor if piece.index is None else tensor.slice(piece.index), out[start : start + count])
+            tensor = tensor if piece.index is None else tensor.slice(piece.index)
+            if piece.transposed:
+                stored = empty(tensor.shape, out.dtype)
+                read_into(tensor, stored)
+                out[start : start + count] = stored.T
+            else:
+                read_into(tensor, out[start : start + count])
             start += count
         return out
 
@@ -104,20 +110,25 @@ class HFCheckpoint:
         return next(filter(found, layouts), layouts[0])
 
     def _check(self, arrays: Iterable[Rows]) -> None:
-        expected = {piece.name: piece.shape for rows in arrays for piece in rows}
+        expected = {piece.name: piece for rows in arrays for piece in rows}
         if missing := [name for name in expected if name not in self._tensors]:
             raise UserError(f"checkpoint {self.directory} lacks {_some(missing)}; download it again")
-        if extra := [name for name in self._tensors if name not in expected and not self._names.ignored(name)]:
+        unread = set().union(*(group for group in self._names.unread if group <= self._tensors.keys()))
+        known = lambda name: name in expected or name in unread or self._names.ignored(name)
+        if extra := [name for name in self._tensors if not known(name)]:
             raise UserError(
                 f"checkpoint {self.directory} has unexpected {_some(extra)}; config.json describes another model"
             )
-        wrong = {name: (self._tensors[name].shape, shape) for name, shape in expected.items()}
+        wrong = {name: (self._tensors[name].shape, piece.shape) for name, piece in expected.items()}
         if wrong := [f"{n} is {list(got)}, not {list(want)}" for n, (got, want) in wrong.items() if got != want]:
             raise UserError(
                 f"checkpoint {self.directory} has wrong shapes: {_some(wrong, '')}; config.json describes another model"
             )
-        if odd := [f"{name} is {self._tensors[name].dtype}" for name in expected if self._dtype(name) is None]:
-            raise UserError(f"{self.directory}: {_some(odd, '')}; supported dtypes: {', '.join(DTYPES)}")
+        for wanted in dict.fromkeys(piece.dtype for piece in expected.values()):
+            supported = FLOATS if wanted is None else (wanted,)
+            found = {name: self._tensors[name].dtype for name, piece in expected.items() if piece.dtype == wanted}
+            if odd := [f"{name} is {dtype}" for name, dtype in found.items() if dtype not in supported]:
+                raise UserError(f"{self.directory}: {_some(odd, '')}; supported dtypes: {', '.join(supported)}")
 
     def _dtype(self, name: str) -> np.dtype | None:
         return DTYPES.get(self._tensors[name].dtype)
@@ -137,6 +148,7 @@ class HFCheckpoint:
 def _shape(rows: Rows) -> tuple[int, ...]:
     """Shape of the array that the pieces make."""
     shapes = [piece.shape if piece.index is None else piece.shape[1:] for piece in rows]
+    shapes = [shape[::-1] if piece.transposed else shape for piece, shape in zip(rows, shapes, strict=True)]
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from moe_jax.model.architecture import Architecture, GroupedQuery
+from moe_jax.model.experts import ExpertWeights
+from moe_jax.model.quantized import Mxfp4
 
 Path = tuple[str | int, ...]
 """Where a dense array lies in the pure dict of `moe_jax.model.layers.Decoder`."""
@@ -17,6 +19,8 @@ class Piece(NamedTuple):
     name: str
     shape: tuple[int, ...]  # of the whole tensor in the checkpoint
     index: int | None = None
+    transposed: bool = False  # it (or its slice) is a matrix `[in, out]`
+    dtype: str | None = None  # as safetensors names it; None: any float
 
 
 Rows = tuple[Piece, ...]
@@ -28,9 +32,12 @@ class Names(NamedTuple):
 
     dense: dict[Path, Rows]
     expert: Callable[[int, int], dict[str, Rows]]
-    """(layer among those with experts, expert) -> the parts of one expert, by field of `ExpertWeights`."""
+    """(layer among those with experts, expert) -> the parts of one expert, by field of `ExpertWeights`; those of a
+    quantised matrix by field and field, as in "gate_up.blocks"."""
     ignored: Callable[[str], bool] = lambda name: name.endswith(".rotary_emb.inv_freq")  # recomputed from config.json
     """Whether a tensor beyond these may be there, and is not read."""
+    unread: tuple[frozenset[str], ...] = ()
+    """Groups of tensors that may be there too, each whole or not at all, and are not read."""
 
 
 def rows(*pieces: tuple[str, tuple[int, ...]]) -> Rows:
@@ -132,6 +139,18 @@ def fused_experts(a: Architecture, prefix: str = "mlp.experts") -> Callable[[int
         }
 
     return expert
+
+
+def expert_weights(parts: Mapping[str, Any]) -> ExpertWeights:
+    """What stands for each part of `Names.expert`, put together."""
+    fields: dict[str, Any] = {}
+    for part, value in parts.items():
+        field, _, inner = part.partition(".")
+        if inner:
+            fields.setdefault(field, {})[inner] = value
+        else:
+            fields[field] = value
+    return ExpertWeights(**{name: Mxfp4(**x) if isinstance(x, dict) else x for name, x in fields.items()})
 
 
 def standard_layouts(a: Architecture) -> tuple[Names, ...]:

@@ -16,7 +16,8 @@ import numpy as np
 
 from moe_jax.errors import UserError
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {**FLOATS, "U8": np.dtype(np.uint8)}
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 

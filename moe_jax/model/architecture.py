@@ -35,7 +35,23 @@ class GroupedQuery:
         return self.head_dim
 
 
-AttentionKind = GroupedQuery
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made of a narrow latent; part of
+    each head is rotated, and the rotated key is shared by all heads."""
+
+    num_heads: int
+    kv_rank: int  # width of the latent
+    nope_dim: int  # of a head's query and key, what is not rotated
+    rope_dim: int  # ... and what is
+    v_dim: int
+    score_scale: float  # of the scores; some rope scalings change it
+    q_rank: int | None = None  # queries are made of a latent too; None: of the residual
+    bias: bool = False  # of the projections to the latents and to the residual stream
+    norm_eps: float = 1e-6  # of the latents' norms
+
+
+AttentionKind = GroupedQuery | Latent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +67,7 @@ class Routing:
     groups_kept: int = 1
     group_score: Literal["max", "top2"] = "max"  # a group's score: its best expert's, or the sum of its best two
     scale: float = 1.0
+    float32: bool = False  # logits are computed in float32 whatever the compute dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,7 +143,3 @@ class Attention(nnx.Module):
         mask = cache_mask(positions, keys.shape[1], self.window)
         sinks = None if self.sinks is None else self.sinks[...]
         return self.output(attend(q, keys, values, mask, q.shape[-1] ** -0.5, sinks)), (keys, values)
-
-
-MODULES = {GroupedQuery: Attention}
-"""The module of each kind of attention."""

@@ -15,9 +15,8 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.model.architecture import Architecture
-from moe_jax.model.attention import MODULES
 from moe_jax.model.experts import run_experts
-from moe_jax.model.layers import Decoder
+from moe_jax.model.layers import MODULES, Decoder
 from moe_jax.model.primitives import linear
 from moe_jax.model.rope import rope_table
 

@@ -22,7 +22,12 @@ class Router(nnx.Module):
 
     def logits(self, h: jax.Array) -> jax.Array:
         """h [R, D] to float32 router logits [R, E]."""
-        return linear(h, self.weight[...], None if self.bias is None else self.bias[...]).astype(jnp.float32)
+        weight, bias = self.weight[...], None if self.bias is None else self.bias[...]
+        if not self.routing.float32:
+            return linear(h, weight, bias).astype(jnp.float32)
+        with jax.default_matmul_precision("float32"):  # accelerators would round the factors
+            logits = linear(h.astype(jnp.float32), weight.astype(jnp.float32))
+        return logits if bias is None else logits + bias.astype(jnp.float32)
 
     def choose(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits [R, E] to expert ids int32 [R, K], the first choice first, and gates float32 [R, K]."""
@@ -41,7 +46,7 @@ def choose(logits: jax.Array, r: Routing, correction: jax.Array | None = None) -
     if r.scoring == "softmax_chosen":
         gates = jax.nn.softmax(gates, axis=-1)
     elif r.renormalise:
-        gates = gates / gates.sum(axis=-1, keepdims=True)
+        gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)  # sigmoids may all be 0; nothing to a softmax
     return ids, gates if r.scale == 1.0 else gates * r.scale
 
 

@@ -46,12 +46,14 @@ class Case:
       config: arguments of the configuration class of `transformers`.
       without: what happens to the architecture when a feature is disabled; each must move the logits.
       fused: saved as `transformers` holds it in memory, all experts of a layer in one tensor.
+      save: (model, directory) saves it in another way, and gives back the model that is then in the directory.
     """
 
     name: str
     config: Any
     without: dict[str, Callable[[Architecture], Architecture]] = dataclasses.field(default_factory=dict)
     fused: bool = False
+    save: Callable[[Any, Path], Any] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -94,10 +96,13 @@ class Subject:
             )
             model = model.to(torch.float32).eval()
             randomise(model)
-        self.model = model
         self.folder = tempfile.TemporaryDirectory()
         directory = Path(self.folder.name)
-        model.save_pretrained(directory)
+        if case.save:
+            model = case.save(model, directory).eval()
+        else:
+            model.save_pretrained(directory)
+        self.model = model
         if case.fused:
             from safetensors.torch import save_file
 

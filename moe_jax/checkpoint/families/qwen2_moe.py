@@ -48,16 +48,12 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
 def _windows(c: ConfigReader, count: int) -> list[int | None]:
     """The sliding window of every layer."""
     enabled, width = c.flag("use_sliding_window", False), c.size("sliding_window", 0, least=0)
-    last, types = c.size("max_window_layers", 28, least=0), c.get("layer_types", None)
-    if types is None:  # as transformers does: even layers below max_window_layers
-        types = ["sliding_attention" if i % 2 == 0 and i < last and enabled else "full_attention" for i in range(count)]
-    if len(types) != count or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise UserError(
-            f"config.json asks for layer_types={types!r}; supported: {count} of 'sliding_attention', 'full_attention'"
-        )
-    if "sliding_attention" in types and not (enabled and width):
+    last = c.size("max_window_layers", 28, least=0)
+    # The default as in transformers: even layers below max_window_layers.
+    sliding = c.sliding_layers([i % 2 == 0 and i < last and enabled for i in range(count)])
+    if any(sliding) and not (enabled and width):
         raise UserError(
             f"config.json has layer_types with 'sliding_attention', but use_sliding_window={enabled} and"
             f" sliding_window={width}"
         )
-    return [width if kind == "sliding_attention" else None for kind in types]
+    return [width if slides else None for slides in sliding]

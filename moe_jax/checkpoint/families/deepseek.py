@@ -49,7 +49,10 @@ def _read_v3(config: Mapping[str, Any]) -> Architecture:
         group_score="top2",
         **_groups(c),
     )
-    return _read(c, config, routing, c.flag("rope_interleave", True))
+    a = _read(c, config, routing, c.flag("rope_interleave", True))
+    if a.num_experts < 2 * routing.num_groups:
+        raise UserError("config.json is inconsistent: groups of 1 expert, where two make a group's score")
+    return a
 
 
 def _groups(c: ConfigReader) -> dict[str, int]:

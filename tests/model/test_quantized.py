@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moe_jax.model.quantized import GROUP, Int4, Int8, project
+from moe_jax.model.quantized import GROUP, Int4, Int8, Mxfp4, project
 
 rng = np.random.default_rng(0)
 
@@ -27,6 +27,15 @@ def int4(out: int, inputs: int) -> tuple[Int4, np.ndarray]:
     return Int4(jnp.asarray(packed.reshape(out, -1)), jnp.asarray(scale)), plain.reshape(out, -1)[:, :inputs]
 
 
+def mxfp4(out: int, inputs: int) -> tuple[Mxfp4, np.ndarray]:
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    nibbles = rng.integers(0, 16, (out, inputs // 32, 16, 2), np.uint8)
+    scales = rng.integers(125, 130, (out, inputs // 32), np.uint8)
+    packed = nibbles[..., 0] | nibbles[..., 1] << 4
+    plain = values[nibbles].reshape(out, -1, 32) * np.exp2(scales.astype(np.float32) - 127)[:, :, None]
+    return Mxfp4(jnp.asarray(packed), jnp.asarray(scales)), plain.reshape(out, -1)
+
+
 @pytest.mark.parametrize("make", [int8, int4])
 @pytest.mark.parametrize("inputs", [32, 64, 72, 7, 96])
 @pytest.mark.parametrize("rows", [1, 2, 8])
@@ -40,7 +49,16 @@ def test_is_the_product_with_the_plain_matrix(make, inputs, rows, biased):
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("make", [int8, int4])
+@pytest.mark.parametrize("inputs", [32, 96])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_is_the_product_with_the_plain_matrix_in_mxfp4(inputs, rows):
+    weight, plain = mxfp4(10, inputs)
+    x, bias = rng.normal(size=(rows, inputs)).astype(np.float32), rng.normal(size=10).astype(np.float32)
+    want = x @ plain.T + bias
+    np.testing.assert_allclose(jax.jit(project)(x, weight, bias), want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("make", [int8, int4, mxfp4])
 def test_computes_in_the_dtype_of_the_input(make):
     weight, plain = make(6, 64)
     x = jnp.asarray(rng.normal(size=(2, 64)), jnp.bfloat16)

@@ -19,9 +19,6 @@ from moe_jax.model.router import Router
 MODULES = {GroupedQuery: Attention, Latent: LatentAttention}
 """The module of each kind of attention."""
 
-MODULES = {GroupedQuery: Attention, Latent: LatentAttention}
-"""The module of each kind of attention."""
-
 
 class Layer(nnx.Module):
     """The dense part of one decoder layer: everything but the routed experts."""

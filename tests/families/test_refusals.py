@@ -48,7 +48,7 @@ OWN = {
         ({"scoring_func": "softmax"}, "scoring_func='softmax'; supported: 'sigmoid'"),
         ({"head_dim": 128}, "head_dim=128; supported: 64"),
         ({"n_group": 7}, "4 of 7 groups of 256 experts"),
-        ({"n_group": 256}, "groups of 1 expert"),
+        ({"n_group": 256, "topk_group": 256}, "groups of 1 expert"),
         ({"index_topk": 2048}, "does not know: index_topk=2048"),  # V3.2's sparse attention
     ],
     "mixtral": [({"attention_bias": True}, "attention_bias=True")],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from moe_jax.checkpoint.families import gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
+from moe_jax.checkpoint.families import deepseek, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
 from moe_jax.checkpoint.names import Names
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
@@ -24,6 +24,8 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "deepseek_v2": deepseek,
+    "deepseek_v3": deepseek,
     "gpt_oss": gpt_oss,
     "mixtral": mixtral,
     "olmoe": olmoe,

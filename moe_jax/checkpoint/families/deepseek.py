@@ -100,7 +100,7 @@ def _attention(c: ConfigReader, config: Mapping[str, Any], rope: Rope) -> Latent
     heads, nope, turned = c.size("num_attention_heads"), c.size("qk_nope_head_dim"), c.size("qk_rope_head_dim")
     if (keys := c.size("num_key_value_heads", heads)) != heads:
         raise UserError(
-            f"config.json is inconsistent: {heads} query heads over {keys} of keys; latent attention has as many of both"
+            f"config.json is inconsistent: {heads} query heads over {keys} of keys; latent attention needs as many"
         )
     # transformers writes both of these; they follow from the others.
     c.require("head_dim", turned, default=turned)

@@ -49,7 +49,29 @@ class Rope:
     interleaved: bool = False  # pairs are neighbours (x0, x1), not halves (x0, x_{H/2})
 
 
-def _yarn(inv_freq: np.ndarray, dim: int, theta: float, s: Yarn) -> np.ndarray:
+def frequencies(dim: int, rope: Rope) -> tuple[np.ndarray, float]:
+    """Radians per position of each pair, float32 [dim / 2], and what cosines and sines are multiplied with.
+
+    Rounded where `transformers` rounds: at position 100,000 one unit in the last place is 0.006 radians.
+    """
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    period = np.power(rope.theta, exponent.astype(np.float64)).astype(np.float32)  # over 2 pi, in positions
+    inv_freq = np.float32(1) / period
+    match rope.scaling:
+        case Linear(factor):
+            return inv_freq / np.float32(factor), 1.0
+        case Yarn() as yarn:
+            ramp = _yarn_ramp(dim, rope.theta, yarn)
+            stretched = np.float32(1) / (np.float32(yarn.factor) * period)
+            return stretched * ramp + inv_freq * (1 - ramp), yarn.attention_factor
+        case Llama3() as llama3:
+            return _llama3(inv_freq, llama3), 1.0
+    return inv_freq, 1.0
+
+
+def _yarn_ramp(dim: int, theta: float, s: Yarn) -> np.ndarray:
+    """0 where a frequency is kept, 1 where it is divided by the factor: float32 [dim / 2]."""
+
     def dimension(rotations: float) -> float:
         """The (fractional) dimension that turns so often within the original length."""
         return dim * math.log(s.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
@@ -58,13 +80,14 @@ def _yarn(inv_freq: np.ndarray, dim: int, theta: float, s: Yarn) -> np.ndarray:
     if s.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / ((high - low) or 0.001), 0, 1)
-    return inv_freq / np.float32(s.factor) * ramp + inv_freq * (1 - ramp)
+    ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32((high - low) or 0.001)
+    return np.float32(1) - (np.float32(1) - np.clip(ramp, 0, 1))
 
 
 def _llama3(inv_freq: np.ndarray, s: Llama3) -> np.ndarray:
-    rotations = s.original_length * inv_freq / (2 * math.pi)  # within the original length
-    keep = np.clip((rotations - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+    rotations = np.float32(s.original_length) / (np.float32(2 * math.pi) / inv_freq)  # within the original length
+    smooth = (rotations - np.float32(s.low_freq_factor)) / np.float32(s.high_freq_factor - s.low_freq_factor)
+    keep = np.clip(smooth, 0, 1)
     return (1 - keep) * inv_freq / np.float32(s.factor) + keep * inv_freq
 
 
@@ -73,18 +96,9 @@ def rope_table(length: int, dim: int, rope: Rope) -> np.ndarray:
 
     Computed once and gathered: XLA would otherwise fuse cos and sin into every element they rotate.
     """
-    half = dim // 2
-    inv_freq = (1.0 / rope.theta ** (np.arange(half, dtype=np.float32) / np.float32(half))).astype(np.float32)
-    scale = np.float32(1)
-    match rope.scaling:
-        case Linear(factor):
-            inv_freq = inv_freq / np.float32(factor)
-        case Yarn() as yarn:
-            inv_freq, scale = _yarn(inv_freq, dim, rope.theta, yarn), np.float32(yarn.attention_factor)
-        case Llama3() as llama3:
-            inv_freq = _llama3(inv_freq, llama3)
-    angle = np.arange(length, dtype=np.float32)[:, None] * inv_freq.astype(np.float32)
-    return np.stack([np.cos(angle), np.sin(angle)], axis=1) * scale
+    inv_freq, scale = frequencies(dim, rope)
+    angle = np.arange(length, dtype=np.float32)[:, None] * inv_freq
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1) * np.float32(scale)
 
 
 def apply_rope(x: jax.Array, rope: jax.Array, interleaved: bool = False) -> jax.Array:

@@ -92,7 +92,7 @@ class progress:
             self._bar.update(self._task, completed=done, total=total)
         elif 10 * done // total > self._tenth:
             self._tenth = 10 * done // total
-            print(f"converting: {done / 1e9:.3g} of {total / 1e9:.3g} GB", file=sys.stderr, flush=True)
+            print(f"converting: {done / 1e6:.1f} of {total / 1e6:.1f} MB", file=sys.stderr, flush=True)
 
     def __exit__(self, *_) -> None:
         if self._bar:

@@ -1,7 +1,8 @@
 """Generates text with a Mixture-of-Experts model whose experts do not fit on the device.
 
     python infer.py --config=configs/mixtral.py                             the shipped model, experts in host memory
-    python infer.py --config=configs/mixtral.py --config.checkpoint=DIR     a Hugging Face directory, e.g. Mixtral-8x7B
+    python infer.py --config=configs/mixtral.py --config.checkpoint=DIR     a Hugging Face directory, e.g. Mixtral-8x7B,
+                                                                            or one that convert.py made of it
     python infer.py --config=configs/mixtral.py --prompt="def main(" --config.prefetch.predictor=router
 
 Any field of the configuration can be set as --config.FIELD=VALUE.
@@ -42,6 +43,7 @@ def main() -> None:
     if SYSTEM.value and not CHAT.value:
         raise UserError("--system needs --chat")
 
+    from moe_jax.checkpoint.converted import Converted
     from moe_jax.config import Config
     from moe_jax.inference.sampling import Sampling
     from moe_jax.inference.session import Model
@@ -52,6 +54,9 @@ def main() -> None:
         raise UserError("--trace records transfers and needs --config.offload.tier=host")
     with cli.status("loading the model"):
         model = Model(config)
+    if config.checkpoint and not isinstance(model.checkpoint, Converted):
+        hint = f"python convert.py --checkpoint={config.checkpoint} --output=DIR [--quantization=int8]"
+        print(f"running from the Hugging Face files; to convert them once: {hint}", file=sys.stderr)
     describe(model, chosen)
     with cli.status("compiling (the second run reads the compilation cache)"):
         generation = model.start(prompts, MAX_NEW_TOKENS.value, sampling, SYSTEM.value if CHAT.value else None)

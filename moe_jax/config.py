@@ -65,7 +65,7 @@ class Config:
     """Everything that a loaded model depends on. The defaults are those of `configs/mixtral.py`.
 
     Attributes:
-      checkpoint: a Hugging Face directory; empty: the shipped model.
+      checkpoint: a Hugging Face directory, or one that `convert.py` made of it; empty: the shipped model.
       execution: "exact" runs the experts that the true router chose.
       dtype: of the computation and the dense weights on the device.
       max_seq_len: positions of the key/value cache per row; 0: as many as the model allows.

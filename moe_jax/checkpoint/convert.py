@@ -211,8 +211,8 @@ class _Conversion:
         free = shutil.disk_usage(self._output).free
         if needed > free + present:
             raise UserError(
-                f"the conversion needs {needed / 1e9:.3g} GB and the disk of --output={self._output} has"
-                f" {(free + present) / 1e9:.3g} GB free; choose another disk or a smaller --quantization"
+                f"the conversion needs {needed / 1e6:.1f} MB and the disk of --output={self._output} has"
+                f" {(free + present) / 1e6:.1f} MB free; choose another disk or a smaller --quantization"
             )
 
     def _write_journal(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.model.experts import ExpertWeights
 
@@ -14,7 +15,7 @@ from moe_jax.model.experts import ExpertWeights
 class ResidentExperts:
     """An `ExpertSource` that holds all experts, loaded straight from the checkpoint."""
 
-    def __init__(self, checkpoint: HFCheckpoint):
+    def __init__(self, checkpoint: HFCheckpoint | Converted):
         a = checkpoint.architecture
         self._experts = [
             [jax.device_put(checkpoint.expert(layer, e)) for e in range(a.num_experts)]

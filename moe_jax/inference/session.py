@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checkpoint.hf import HFCheckpoint
+from moe_jax.checkpoint.converted import open_checkpoint
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.inference import metrics
@@ -44,7 +44,7 @@ class Model:
         self.notes: list[str] = []
         self.config = self._without_missing_predictor(config)
         directory = Path(config.checkpoint) if config.checkpoint else shipped("model")
-        self.checkpoint = HFCheckpoint(directory)
+        self.checkpoint = open_checkpoint(directory)
         self.tokenizer = Tokenizer(directory)
         self.compile_s = 0.0
         a = self.checkpoint.architecture

@@ -274,7 +274,7 @@ def test_too_little_space_is_said_first(source, tmp_path, monkeypatch):
     needed = sum(file.stat().st_size for file in source.iterdir())
     usage = shutil.disk_usage(tmp_path)._replace(free=needed // 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"needs .* GB and the disk of .* has .* GB free"):
+    with pytest.raises(UserError, match=r"needs .* MB and the disk of .* has .* MB free"):
         convert(HFCheckpoint(source), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 

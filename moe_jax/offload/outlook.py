@@ -36,6 +36,11 @@ class Outlook:
         self._value[layer] = self.prior
         self._live[layer] = False
 
+    def clear(self) -> None:
+        """Drops every prediction."""
+        self._value[:] = self.prior
+        self._live[:] = False
+
     def hold(self, key: Key, held: bool) -> None:
         """Whether `key` is on the device or on its way."""
         self._held[key] = held

@@ -254,11 +254,15 @@ def test_an_interrupted_take_leaves_the_source_usable_and_closable(opened):
     bank = WatchedBank(2, gated=True)
     s = opened(bank, 2, "thread")
     s.request(0, [0, 1])
-    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        s.take(0, [0, 1])
-    timer.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started us with &
+    try:
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            s.take(0, [0, 1])
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     bank.let(2)
     check_contents((0, 1), within(5, s.take, 0, [0, 1])[1])
     s.begin_token(0)  # what was taken and never released does not stay pinned

@@ -240,6 +240,7 @@ class Loader:
         self._outlook.hold(key, False)
         if key in self._pending:
             self._demand[key] = None
+            self._starved = True
 
     def _start(self, key: Key, cause: Cause) -> Load:
         """Books a copy; the caller issues it."""

@@ -137,9 +137,15 @@ class Loader:
             self.store.unpin_all()
 
     def make_room(self, count: int) -> None:
-        """Evicts experts until `count` more would fit; for between tokens, when nothing computes."""
+        """Evicts experts until `count` more would fit; for between tokens, when nothing computes.
+
+        Drops what an interrupted step left pinned, demanded or still to be taken: it would never leave.
+        """
         while True:
             with self._lock:
+                self.store.unpin_all()
+                self._pending.clear()
+                self._demand.clear()
                 self._outlook.clear()  # nothing speculated may take the room
                 self._poll()
                 self.store.settle()

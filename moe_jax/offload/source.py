@@ -178,7 +178,7 @@ class OffloadedExperts:
         Experts leave the store to make room for these copies, so that the budget holds; they are dropped afterwards.
         """
         best = 0.0
-        keys = list(self._loader.store.resident)
+        keys = list(self._loader.store.resident) or [(0, 0)]
         for depth in range(1, min(2, self.store.capacity) + 1):
             self._loader.make_room(depth)
             for turn in range(repeats):

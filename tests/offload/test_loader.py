@@ -133,8 +133,31 @@ def test_speculation_evicts_only_what_is_expected_to_be_worth_less(opened, mode)
     s.offer(0, predictions({0: 0.6, 1: 0.5}, {0: 0.9, 1: 0.7}))
     time.sleep(0.02)
     assert set(s.store.resident) == {(2, 0), (2, 1)} and len(bank.copied) == 3
-    s.offer(0, predictions({0: 0.95}, {0: 0.9, 1: 0.1}))  # what was evicted may come back
+    s.offer(0, predictions({0: 0.95}, {0: 1.0, 1: 0.1}))  # what was evicted may come back
     eventually(lambda: s._loader._poll() or set(s.store.resident) == {(1, 0), (2, 0)})
+
+
+@BOTH
+def test_a_speculated_expert_is_as_recent_as_a_used_one(opened, mode):
+    bank = WatchedBank(3)
+    s = opened(bank, 3, mode)
+    warm(s, (0, 0), (0, 1))
+    s.offer(0, predictions({2: 0.9}))
+    eventually(lambda: s._loader._poll() or (1, 2) in s.store.resident)
+    warm(s, (2, 4))
+    assert set(s.store.resident) == {(0, 1), (1, 2), (2, 4)}
+
+
+@BOTH
+def test_room_is_made_even_after_an_interrupted_step(opened, mode):
+    bank = WatchedBank(2)
+    s = opened(bank, 2, mode)
+    s.request(0, [0, 1, 2, 3])
+    within(5, s.take, 0, [0, 1])  # never released
+    within(5, s._loader.make_room, 2)
+    assert s.store.used_bytes == 0
+    time.sleep(0.02)
+    assert bank.count() == 0 and s.link_bytes_per_s(1) > 0
 
 
 @BOTH

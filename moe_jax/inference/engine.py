@@ -46,7 +46,10 @@ class DecodeState:
 
 @dataclasses.dataclass
 class Record:
-    """Routing of a run, as the decode loop saw it; decode lists have one entry per step and layer."""
+    """Routing of a run, as the decode loop saw it; decode lists have one entry per step and layer.
+
+    When a step was interrupted its layers stand at the end of the lists, beyond the `len(active)` complete steps.
+    """
 
     prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per layer
     needed: list[list[int]] = dataclasses.field(default_factory=list)
@@ -188,9 +191,6 @@ class Engine:
         ]  # inactive: no write
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
-        if self.record:
-            self.record.active.append(state.active)
-            self.record.lengths.append(state.lengths)
         for layer in range(self.architecture.num_layers):
             routed, state.kv[layer] = stages.route(
                 self.dense["layers"][layer], state.rope, x, positions, state.kv[layer]
@@ -204,6 +204,9 @@ class Engine:
                 self.source.offer(layer, probabilities)
                 if self.record:
                     self.record.predicted.append(probabilities[0])
+        if self.record:  # only now: an interrupted step is not one
+            self.record.active.append(state.active)
+            self.record.lengths.append(state.lengths)
         state.lengths = state.lengths + state.active
         state.step += 1
         return stages.head(self.dense, x, np.zeros(x.shape[0], np.int32))

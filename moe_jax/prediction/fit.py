@@ -1,14 +1,14 @@
 """Fits the learned predictor to an activation log: a linear solution in closed form, then gradient descent.
 
 Least squares against the target layers' router logits gets the direct part near its best in one pass over the log,
-which thousands of gradient steps would not. Binary cross-entropy on membership in the true top K then trains all of
-it, so that the outputs are calibrated probabilities. As residuals are badly conditioned (a few outlier directions
-dominate), gradient steps are taken in whitened coordinates; folded back at the end, these cost nothing afterwards.
+which thousands of gradient steps would not (`closed_form.py`). Binary cross-entropy on membership in the true top K
+then trains all of it, so that the outputs are calibrated probabilities.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -25,6 +25,7 @@ from absl import logging
 
 from moe_jax.errors import UserError
 from moe_jax.prediction.activation_log import ActivationLog, Activations
+from moe_jax.prediction.closed_form import calibrate, least_squares, padded, unwhiten, used
 from moe_jax.prediction.interface import ModelParts, Spec
 from moe_jax.prediction.learned import Learned, window_inputs, window_targets
 
@@ -82,43 +83,21 @@ def fit(
     train, held_out = np.flatnonzero(~validation), np.flatnonzero(validation)
     if not len(train):
         raise UserError("there is too little text to train on: give more --text, or lower --config.validation_share")
-    learned = Learned(c.hidden)
-    optimizer = _optimizer(c)
-    params = learned.init(jax.random.key(c.seed), spec, parts)
-    eps, network = params["eps"], params["network"]
-    loss_and_recall = jax.jit(lambda state, a: _loss(learned, eps, spec, unwhiten(state["network"], state["basis"]), a))
-
-    @jax.jit
-    def update(state, activations):
-        objective = lambda network: _loss(learned, eps, spec, unwhiten(network, state["basis"]), activations)[0]
-        loss, gradient = jax.value_and_grad(objective)(state["network"])
-        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["network"])
-        return state | {"network": optax.apply_updates(state["network"], updates), "optimizer": optimizer_state}, loss
+    network = Learned(c.hidden).init(jax.random.key(c.seed), spec, parts)["network"]
+    state = _start(c, spec, network)
+    directory = Path(directory).absolute()
+    _claim(directory, {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec), **log.identity()})
 
     def look(state, step):
         sums = np.zeros(3)
         for start in range(0, len(held_out), c.batch_windows):
-            _, totals = loss_and_recall(state, _padded(log, held_out[start:], c.batch_windows))
-            sums += np.asarray(totals, np.float64)
+            sums += np.asarray(_sums(spec, state, padded(log, held_out[start:], c.batch_windows)), np.float64)
         recall, loss = sums[1] / max(sums[0], 1), sums[2] / max(sums[0], 1)
         progress(step, {"validation_recall": recall, "validation_loss": loss})
-        if recall > float(state["best"]["recall"]):
-            best = {"recall": np.float32(recall), "loss": np.float32(loss), "step": np.int32(step)}
-            return state | {"best": best | {"network": state["network"]}}
-        return state
+        if recall <= float(state["best"]["recall"]):
+            return state
+        return state | {"best": _best(recall, loss, step, state["network"])}
 
-    D, L = spec.d_model, spec.num_layers
-    basis = {"white": np.zeros((L, D, D), np.float32), "mean": np.zeros((L, D), np.float32)}
-    state: dict[str, Any] = {
-        "network": network,
-        "optimizer": optimizer.init(network),
-        "step": np.int32(0),
-        "basis": basis,
-    }
-    worst = {"recall": np.float32(-1), "loss": np.float32(0), "step": np.int32(0), "network": network}
-    state["best"] = worst
-    directory = Path(directory).absolute()
-    _claim(directory, {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec), **log.identity()})
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(directory / "checkpoints", options=options) as manager:
         if (latest := manager.latest_step()) is not None:
@@ -126,140 +105,68 @@ def fit(
             logging.info("resumed the fit from step %d of %d", latest, c.steps)
         else:
             began = time.time()
-            solved, state["basis"] = least_squares(network, eps, spec, log, train, c.ridge, c.batch_windows)
-            rows = _rows(train, 0, min(c.batch_windows, 4), c.seed)
-            state["network"] = calibrate(learned, eps, spec, solved, state["basis"], log.read(rows))
+            solved, basis = least_squares(network, spec, log, train, c.ridge, c.batch_windows)
+            few = log.read(_rows(train, 0, min(c.batch_windows, 4), c.seed))
+            state |= {"network": calibrate(spec, solved, basis, few), "basis": basis}
             logging.info("least squares took %.1f s", time.time() - began)
             state = look(state, 0)
             manager.save(0, args=ocp.args.StandardSave(state))
         for step in range(int(state["step"]), c.steps):
             if step - int(state["best"]["step"]) >= c.patience * c.evaluate_every:
                 break
-            rows = _rows(train, step, c.batch_windows, c.seed)
-            state, loss = update(state, log.read(rows))
+            state, loss = _update(c, spec, state, log.read(_rows(train, step, c.batch_windows, c.seed)))
             done = step + 1
-            state["step"] = np.int32(done)
             progress(done, {"loss": float(loss)})
             if done % c.evaluate_every == 0 or done == c.steps:
                 state = look(state, done)
             if done % c.checkpoint_every == 0 or done == c.steps:
                 manager.save(done, args=ocp.args.StandardSave(state), force=True)
     best = state["best"]
-    network = jax.jit(unwhiten)(best["network"], state["basis"])
-    return {"network": network, "eps": eps}, {name: float(best[name]) for name in ("recall", "loss", "step")}
+    params = {"network": jax.jit(unwhiten)(best["network"], state["basis"]), "eps": jnp.float32(spec.norm_eps)}
+    return params, {name: float(best[name]) for name in ("recall", "loss", "step")}
 
 
-def least_squares(
-    network: dict[str, jax.Array], eps: Any, spec: Spec, log: ActivationLog, rows: np.ndarray, ridge: float, batch: int
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The direct part solved for: linear regression on the target layers' centred router logits.
-
-    Every layer and horizon is a system of its own, of D + 2 E + 1 unknowns per expert.
-
-    Returns:
-      The network in whitened coordinates, and the basis: `white` [L, D, D] and `mean` [L, D] of x, for which
-      (x - mean) @ white has unit covariance.
-    """
-    D, E, H = spec.d_model, spec.num_experts, spec.horizon
-
-    @jax.jit
-    def moments(a: Activations):
-        x, gates, previous = window_inputs(eps, a.residual, a.logits, a.ids, H)
-        inputs = jnp.concatenate([x, gates, previous.reshape(*x.shape[:2], -1), jnp.ones_like(x[..., :1])], axis=-1)
-        logits = a.logits.astype(jnp.float32)
-        wanted, known = window_targets(logits - logits.mean(-1, keepdims=True), a.lengths, H)
-        inputs = inputs * known.all(-1, keepdims=True)  # a row counts for all horizons or for none: one matrix
-        products = jnp.einsum("lri,lrj->lij", inputs, inputs)
-        return products, jnp.einsum("lri,lro->lio", inputs, wanted.reshape(*x.shape[:2], -1))
-
-    products: Any = 0.0
-    right: Any = 0.0
-    for start in range(0, len(rows), batch):
-        part = moments(_padded(log, rows[start:], batch))
-        products, right = products + np.asarray(part[0], np.float64), right + np.asarray(part[1], np.float64)
-    solved = {name: np.array(network[name]) for name in ("residual", "gates", "previous", "bias")}
-    for layer in range(spec.num_layers):
-        for h in range(H):
-            own = slice(h * E, (h + 1) * E)
-            used = np.r_[: D + E, D + E + h * E : D + E + (h + 1) * E, D + E + H * E]
-            square = products[layer][np.ix_(used, used)]
-            square += np.eye(len(used)) * max(ridge * np.trace(square) / len(used), 1e-6)
-            solution = np.linalg.solve(square, right[layer][used, own])
-            solved["residual"][layer][:, own] = solution[:D]
-            solved["gates"][layer][:, own] = solution[D : D + E]
-            solved["previous"][layer][h] = solution[D + E : D + 2 * E]
-            solved["bias"][layer][own] = solution[-1]
-    whites, means = [], []
-    for layer in range(spec.num_layers):
-        count = max(products[layer][-1, -1], 1.0)
-        mean = products[layer][:D, -1] / count
-        values, vectors = np.linalg.eigh(products[layer][:D, :D] / count - np.outer(mean, mean))
-        values = np.maximum(values, 1e-4 * values.mean() + 1e-12)  # directions that never vary stay as they are
-        whites.append((vectors / np.sqrt(values)) @ vectors.T)
-        means.append(mean)
-        residual = solved["residual"][layer]
-        solved["bias"][layer] += mean @ residual
-        solved["residual"][layer] = (vectors * np.sqrt(values)) @ vectors.T @ residual
-    basis = {"white": np.stack(whites).astype(np.float32), "mean": np.stack(means).astype(np.float32)}
-    return network | {name: jnp.asarray(value, jnp.float32) for name, value in solved.items()}, basis
-
-
-def unwhiten(network: dict[str, jax.Array], basis: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The same network for inputs as they are: the tables that read x, times the whitening matrix."""
-    D, mean = basis["mean"].shape[1], basis["mean"][:, None]
-    residual = basis["white"] @ network["residual"]
-    hidden_in = jnp.concatenate([basis["white"] @ network["hidden_in"][:, :D], network["hidden_in"][:, D:]], axis=1)
-    return network | {
-        "residual": residual,
-        "hidden_in": hidden_in,
-        "bias": network["bias"] - (mean @ residual)[:, 0],
-        "hidden_bias": network["hidden_bias"] - (mean @ hidden_in[:, :D])[:, 0],
+def _start(c: FitConfig, spec: Spec, network: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a run carries from step to step, and checkpoints; `network` is in the whitened basis."""
+    D, L = spec.d_model, spec.num_layers
+    return {
+        "step": np.array(0, np.int32),
+        "network": network,
+        "basis": {"white": np.zeros((L, D, D), np.float32), "mean": np.zeros((L, D), np.float32)},
+        "optimizer": _optimizer(c).init(network),
+        "best": _best(-1.0, 0.0, 0, network),
     }
 
 
-def calibrate(
-    learned: Learned, eps: Any, spec: Spec, network: dict[str, Any], basis: Any, a: Activations, steps: int = 60
-) -> dict[str, Any]:
-    """Scale and shift of every layer and horizon, fitted to a few windows: regression leaves logits far too flat."""
-    plain = network | {"scale": jnp.ones_like(network["scale"]), "shift": jnp.zeros_like(network["shift"])}
-    adam = optax.adam(0.1)
-
-    @jax.jit
-    def run(plain, basis, a):
-        inputs = window_inputs(eps, a.residual, a.logits, a.ids, spec.horizon)
-        margins = learned.score_windows(unwhiten(plain, basis), inputs, spec.top_k)
-        wanted, known = window_targets(_used(a, spec), a.lengths, spec.horizon)
-
-        def objective(affine):
-            scores = margins * affine["scale"][:, None] + affine["shift"][:, None]
-            # A sum over layers and horizons: each has its own two numbers.
-            return (optax.sigmoid_binary_cross_entropy(scores, wanted).mean(-1) * known).mean(1).sum()
-
-        def step(_, carry):
-            updates, optimizer_state = adam.update(jax.grad(objective)(carry[0]), carry[1])
-            return optax.apply_updates(carry[0], updates), optimizer_state
-
-        affine = {"scale": plain["scale"], "shift": plain["shift"]}
-        return jax.lax.fori_loop(0, steps, step, (affine, adam.init(affine)))[0]
-
-    return network | run(plain, basis, a)
+def _best(recall: float, loss: float, step: int, network: dict[str, Any]) -> dict[str, Any]:
+    numbers = {"recall": np.array(recall, np.float32), "loss": np.array(loss, np.float32)}
+    return numbers | {"step": np.array(step, np.int32), "network": network}
 
 
-def _used(a: Activations, spec: Spec) -> jax.Array:
-    """Multi-hot experts of every token, [W, L, T, E]."""
-    return jax.nn.one_hot(a.ids.astype(jnp.int32), spec.num_experts).sum(-2)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _update(c: FitConfig, spec: Spec, state: dict[str, Any], a: Activations) -> tuple[dict[str, Any], jax.Array]:
+    """One gradient step; the new state and the loss before it."""
+
+    def objective(network):
+        sums = _sums(spec, {"network": network, "basis": state["basis"]}, a)
+        return sums[2] / jnp.maximum(sums[0], 1)
+
+    loss, gradient = jax.value_and_grad(objective)(state["network"])
+    updates, optimizer_state = _optimizer(c).update(gradient, state["optimizer"], state["network"])
+    network = optax.apply_updates(state["network"], updates)
+    return state | {"step": state["step"] + 1, "network": network, "optimizer": optimizer_state}, loss
 
 
-def _loss(learned: Learned, eps: Any, spec: Spec, network: Any, a: Activations) -> tuple[jax.Array, jax.Array]:
-    """Mean binary cross-entropy; and the sums of known targets, of their recall and of their loss, float32 [3]."""
-    inputs = window_inputs(eps, a.residual, a.logits, a.ids, spec.horizon)
-    scores = learned.score_windows(network, inputs, spec.top_k)  # [L, R, H, E]
-    wanted, known = window_targets(_used(a, spec), a.lengths, spec.horizon)
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(spec: Spec, state: dict[str, Any], a: Activations) -> jax.Array:
+    """Of all known targets of some windows: their number, their recall and their cross-entropy, float32 [3]."""
+    inputs = window_inputs(spec.norm_eps, a.residual, a.logits, a.ids, spec.horizon)
+    scores = Learned().score_windows(unwhiten(state["network"], state["basis"]), inputs, spec.top_k)  # [L, R, H, E]
+    wanted, known = window_targets(used(a, spec), a.lengths, spec.horizon)
     losses = optax.sigmoid_binary_cross_entropy(scores, wanted).mean(-1) * known
     ranked = jax.lax.top_k(jax.lax.stop_gradient(scores), spec.top_k)[1]
     recall = jnp.take_along_axis(wanted, ranked, axis=-1).sum(-1) / spec.top_k * known
-    count = known.sum()
-    return losses.sum() / jnp.maximum(count, 1), jnp.stack([count.astype(jnp.float32), recall.sum(), losses.sum()])
+    return jnp.stack([known.sum().astype(jnp.float32), recall.sum(), losses.sum()])
 
 
 def _optimizer(c: FitConfig) -> optax.GradientTransformation:
@@ -278,13 +185,6 @@ def _rows(train: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
     epochs = set((places // len(train)).tolist())
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(train) for epoch in epochs}
     return np.array([orders[place // len(train)][place % len(train)] for place in places])
-
-
-def _padded(log: ActivationLog, rows: np.ndarray, batch: int) -> Activations:
-    """The first `batch` of `rows`, filled up with windows of length 0."""
-    part = log.read(rows[:batch])
-    missing = batch - len(part.lengths)
-    return Activations(*(np.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))) for x in part))
 
 
 def _claim(directory: Path, run: dict[str, Any]) -> None:

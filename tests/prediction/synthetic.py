@@ -1,4 +1,4 @@
-"""A small made-up model and logs of it, in which the experts ahead can be predicted, but not by its routers as they are."""
+"""A small made-up model, and logs of it in which experts can be predicted, but not by its routers as they are."""
 
 from __future__ import annotations
 

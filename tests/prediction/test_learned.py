@@ -31,8 +31,12 @@ def test_whole_windows_equal_token_by_token():
     params = noisy(learned)
     learned.init = lambda *_: params
     stepwise = run(learned, arrays)[0]  # [W, T, L, H, E]
-    inputs = window_inputs(params["eps"], *(jnp.asarray(x) for x in arrays), SPEC.horizon)
-    scores = learned.score_windows(params["network"], inputs, SPEC.top_k)
+
+    @jax.jit
+    def score(network, residual, logits, ids):
+        return learned.score_windows(network, window_inputs(1e-5, residual, logits, ids, SPEC.horizon), SPEC.top_k)
+
+    scores = score(params["network"], *arrays)
     whole = np.array(jax.nn.sigmoid(scores)).reshape(SPEC.num_layers, 2, 6, SPEC.horizon, -1)
     np.testing.assert_allclose(whole.transpose(1, 2, 0, 3, 4), stepwise, atol=1e-5)
 
@@ -47,7 +51,7 @@ def test_window_targets_against_a_loop():
     rng = np.random.default_rng(0)
     W, L, T, E, H = 3, 3, 5, 4, 3
     values, lengths = rng.normal(size=(W, L, T, E)), np.array([5, 3, 1])
-    wanted, known = (np.array(x) for x in window_targets(jnp.asarray(values), jnp.asarray(lengths), H))
+    wanted, known = (np.array(x) for x in jax.jit(window_targets, static_argnums=2)(values, lengths, H))
     for layer, w, t, h in np.ndindex(L, W, T, H):
         carry, target = divmod(layer + h + 1, L)
         inside = t + carry < lengths[w]

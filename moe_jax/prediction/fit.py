@@ -29,6 +29,9 @@ from moe_jax.prediction.closed_form import calibrate, least_squares, padded, unw
 from moe_jax.prediction.interface import ModelParts, Spec
 from moe_jax.prediction.learned import Learned, window_inputs, window_targets
 
+Schedule = tuple[int, float, float]
+"""Steps, and the peak learning rates of the hidden layer and of the direct part."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FitConfig:
@@ -55,6 +58,16 @@ class FitConfig:
     evaluate_every: int
     checkpoint_every: int
     patience: int
+
+    def __post_init__(self):
+        least = {"hidden": 1, "steps": 0, "batch_windows": 1, "learning_rate": 0, "direct_rate": 0, "ridge": 0}
+        for name, low in (least | {"evaluate_every": 1, "checkpoint_every": 1, "patience": 1}).items():
+            if not getattr(self, name) >= low:
+                raise UserError(f"config.fit.{name} must be at least {low}, not {getattr(self, name)}")
+
+    def schedule(self) -> Schedule:
+        """The part that gradient steps are compiled for."""
+        return self.steps, self.learning_rate, self.learning_rate * self.direct_rate
 
 
 def fit(
@@ -111,10 +124,10 @@ def fit(
             logging.info("least squares took %.1f s", time.time() - began)
             state = look(state, 0)
             manager.save(0, args=ocp.args.StandardSave(state))
-        for step in range(int(state["step"]), c.steps):
+        for step in range(int(np.asarray(state["step"])), c.steps):
             if step - int(state["best"]["step"]) >= c.patience * c.evaluate_every:
                 break
-            state, loss = _update(c, spec, state, log.read(_rows(train, step, c.batch_windows, c.seed)))
+            state, loss = _update(c.schedule(), spec, state, log.read(_rows(train, step, c.batch_windows, c.seed)))
             done = step + 1
             progress(done, {"loss": float(loss)})
             if done % c.evaluate_every == 0 or done == c.steps:
@@ -133,7 +146,7 @@ def _start(c: FitConfig, spec: Spec, network: dict[str, Any]) -> dict[str, Any]:
         "step": np.array(0, np.int32),
         "network": network,
         "basis": {"white": np.zeros((L, D, D), np.float32), "mean": np.zeros((L, D), np.float32)},
-        "optimizer": _optimizer(c).init(network),
+        "optimizer": _optimizer(c.schedule()).init(network),
         "best": _best(-1.0, 0.0, 0, network),
     }
 
@@ -144,7 +157,7 @@ def _best(recall: float, loss: float, step: int, network: dict[str, Any]) -> dic
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _update(c: FitConfig, spec: Spec, state: dict[str, Any], a: Activations) -> tuple[dict[str, Any], jax.Array]:
+def _update(schedule: Schedule, spec: Spec, state: dict[str, Any], a: Activations) -> tuple[dict[str, Any], jax.Array]:
     """One gradient step; the new state and the loss before it."""
 
     def objective(network):
@@ -152,7 +165,7 @@ def _update(c: FitConfig, spec: Spec, state: dict[str, Any], a: Activations) -> 
         return sums[2] / jnp.maximum(sums[0], 1)
 
     loss, gradient = jax.value_and_grad(objective)(state["network"])
-    updates, optimizer_state = _optimizer(c).update(gradient, state["optimizer"], state["network"])
+    updates, optimizer_state = _optimizer(schedule).update(gradient, state["optimizer"], state["network"])
     network = optax.apply_updates(state["network"], updates)
     return state | {"step": state["step"] + 1, "network": network, "optimizer": optimizer_state}, loss
 
@@ -169,20 +182,22 @@ def _sums(spec: Spec, state: dict[str, Any], a: Activations) -> jax.Array:
     return jnp.stack([known.sum().astype(jnp.float32), recall.sum(), losses.sum()])
 
 
-def _optimizer(c: FitConfig) -> optax.GradientTransformation:
-    def adam(rate: float) -> optax.GradientTransformation:
-        warmup = min(20, max(c.steps // 10, 1))
-        return optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(c.steps, warmup + 1)), b2=0.98)
+def _optimizer(schedule: Schedule) -> optax.GradientTransformation:
+    steps, hidden_rate, direct_rate = schedule
 
-    kinds: Any = {"hidden": adam(c.learning_rate), "direct": adam(c.learning_rate * c.direct_rate)}
+    def adam(rate: float) -> optax.GradientTransformation:
+        warmup = min(20, max(steps // 10, 1))
+        return optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1)), b2=0.98)
+
+    kinds: Any = {"hidden": adam(hidden_rate), "direct": adam(direct_rate)}
     label = lambda network: {n: "direct" if n in ("residual", "gates", "previous") else "hidden" for n in network}
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(kinds, label))
 
 
 def _rows(train: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
     """Windows of a step: a pure function of its arguments, so that a resumed run sees the same. Epochs are permuted."""
-    places = np.arange(step * batch, (step + 1) * batch)
-    epochs = set((places // len(train)).tolist())
+    places = range(step * batch, (step + 1) * batch)
+    epochs = {place // len(train) for place in places}
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(train) for epoch in epochs}
     return np.array([orders[place // len(train)][place % len(train)] for place in places])
 

@@ -4,9 +4,11 @@ import os
 import signal
 import threading
 import time
+from typing import Any, cast
 
 import pytest
 
+from moe_jax.model.experts import ExpertWeights
 from moe_jax.offload.loader import LoadError
 from tests.offload.rig import (
     BANK,
@@ -145,7 +147,7 @@ def test_a_speculated_expert_is_as_recent_as_a_used_one(opened, mode):
     s.offer(0, predictions({2: 0.9}))
     eventually(lambda: s._loader._poll() or (1, 2) in s.store.resident)
     warm(s, (2, 4))
-    assert set(s.store.resident) == {(0, 1), (1, 2), (2, 4)}
+    assert set(s.store.resident) == {(0, 1), (1, 2), (2, 4)} and len(bank.copied) == 4
 
 
 @BOTH
@@ -269,6 +271,66 @@ def test_a_failing_copy_surfaces_in_take_and_can_be_tried_again(opened, mode):
     assert s.store.used_bytes == bank.count() * bank.expert_bytes
 
 
+def test_a_failing_copy_wakes_a_take_that_waits_already(opened):
+    bank = WatchedBank(2, gated=True)
+    s = opened(bank, 2, "thread")
+    bank.fail = {(0, 1)}
+    s.request(0, [1])
+    threading.Timer(0.05, bank.let).start()
+    with pytest.raises(LoadError, match="expert 1"):
+        within(3, s.take, 0, [1])
+
+
+@BOTH
+def test_a_failure_is_forgotten_by_the_next_request(opened, mode):
+    bank = WatchedBank(2)
+    s = opened(bank, 2, mode)
+    bank.fail = {(0, 1)}
+    s.request(0, [1])
+    eventually(lambda: s._loader._failures)
+    bank.fail = set()
+    assert use(s, 0, [1]) == ("missed",)
+
+
+@BOTH
+def test_arrays_of_a_copy_that_failed_half_way_are_freed(opened, mode):
+    class Broken:
+        def is_ready(self):
+            return True
+
+        def block_until_ready(self):
+            raise OSError("half of it is missing")
+
+    class HalfBank(WatchedBank):
+        def copy(self, key):
+            return ExpertWeights(super().copy(key).gate_up, cast(Any, Broken()))
+
+    bank = HalfBank(2)
+    s = opened(bank, 2, mode)
+    s.request(0, [1])
+    with pytest.raises(LoadError, match="half of it is missing") as error:
+        within(5, s.take, 0, [1])
+    assert error.value.__cause__ is not None  # and its traceback keeps no array
+    assert bank.count() == 0 == s.store.used_bytes
+
+
+@BOTH
+def test_a_new_request_drops_what_the_one_before_has_not_issued(opened, mode):
+    bank = WatchedBank(2, gated=mode == "thread")
+    s = opened(bank, 2, mode)
+    if mode == "inline":
+        warm(s, (2, 0))
+        within(5, s.take, 2, [0])  # one place is left
+    s.request(0, [1, 2])
+    bank.wait_started()
+    s.request(1, [3])
+    bank.let(9)
+    if mode == "inline":
+        s.release(2, [0], ready())
+    check_contents((1, 3), within(5, s.take, 1, [3])[0])
+    assert (0, 1) in bank.copied and (0, 2) not in bank.copied
+
+
 @BOTH
 def test_a_failing_speculation_is_not_repeated_and_harms_nobody(opened, mode):
     bank = WatchedBank(8)
@@ -320,7 +382,7 @@ def test_close_ends_everything(opened, mode):
     eventually(lambda: (1, 1) in bank.copied)
     within(5, s.close)  # does not sit out the delay
     within(5, s.close)
-    s.release(0, [], ready())
+    s.release(0, [0], ready())  # of a step that was interrupted: nothing to do
     with pytest.raises(RuntimeError, match="closed"):
         s.request(0, [0])
     with pytest.raises(RuntimeError, match="closed"):

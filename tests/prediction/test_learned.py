@@ -29,8 +29,7 @@ def noisy(learned):
 def test_whole_windows_equal_token_by_token():
     learned, arrays = Learned(hidden=5), activations(SPEC, parts(), 2, 6)
     params = noisy(learned)
-    learned.init = lambda *_: params
-    stepwise = run(learned, arrays)[0]  # [W, T, L, H, E]
+    stepwise = run(learned, arrays, params=params)[0]  # [W, T, L, H, E]
 
     @jax.jit
     def score(network, residual, logits, ids):
@@ -84,10 +83,8 @@ def test_saved_weights_come_back_and_a_shorter_horizon_is_a_part_of_them(trained
     learned, arrays = Learned(), activations(SPEC, parts(), 2, 3)
     # What the last token used three layers ahead also speaks through the hidden layer: it is not known any more.
     whole["network"]["hidden_in"] = whole["network"]["hidden_in"].at[:, -SPEC.num_experts :].set(0)
-    learned.init = lambda *_: whole
-    expected = run(learned, arrays)[0][:, :, :, :2]
-    learned.init = lambda *_: short
-    np.testing.assert_allclose(run(learned, arrays, short_spec)[0], expected, atol=1e-6)
+    expected = run(learned, arrays, params=whole)[0][:, :, :, :2]
+    np.testing.assert_allclose(run(learned, arrays, short_spec, short)[0], expected, atol=1e-6)
 
 
 def test_it_refuses_another_model_and_a_longer_horizon(trained):

@@ -20,13 +20,18 @@ ALL = [*predictors.BASELINES.values(), predictors.Learned(hidden=4)]
 named = pytest.mark.parametrize("predictor", ALL, ids=lambda p: p.name)
 
 
-def run(predictor, arrays, spec=SPEC, state=None):
+def run(predictor, arrays, spec=SPEC, params=None):
     """P [W, T, L, H, E] of `apply` over all tokens and layers, the state at the end, and the executables compiled."""
     residual, logits, ids = (jnp.asarray(x) for x in arrays)
     W, L, T = ids.shape[:3]
-    params = predictor.init(jax.random.key(0), spec, parts(spec))
-    state = predictor.init_state(spec, W) if state is None else state
-    apply, out = jax.jit(predictor.apply), []
+    params = predictor.init(jax.random.key(0), spec, parts(spec)) if params is None else params
+    state, out, traced = predictor.init_state(spec, W), [], []
+
+    @jax.jit
+    def apply(params, state, features):
+        traced.append(features.layer)  # runs when an executable is made
+        return predictor.apply(params, state, features)
+
     for t in range(T):
         for layer in range(L):
             chosen = ids[:, layer, t].astype(jnp.int32)
@@ -34,7 +39,7 @@ def run(predictor, arrays, spec=SPEC, state=None):
             features = Features(np.int32(layer), residual[:, layer, t], logits[:, layer, t], chosen, gates)
             probability, state = apply(params, state, features)
             out.append(np.asarray(probability))
-    return np.stack(out, axis=1).reshape(W, T, L, *out[0].shape[1:]), state, apply._cache_size()
+    return np.stack(out, axis=1).reshape(W, T, L, *out[0].shape[1:]), state, len(traced)
 
 
 @named
@@ -165,7 +170,7 @@ def test_load_finds_every_predictor(tmp_path):
         features = Features(
             np.int32(1), jnp.ones((1, 12)), jnp.ones((1, 6)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2))
         )
-        p, _ = found[0].apply(found[2], found[0].init_state(found[1], 1), features)
+        p, _ = jax.eval_shape(found[0].apply, found[2], found[0].init_state(found[1], 1), features)
         assert p.shape == (1, 2, SPEC.num_experts)
 
 

@@ -88,7 +88,7 @@ def read_prompts() -> tuple[list[str], bool]:
 def describe(model, chosen: bool) -> None:
     """Says which model runs, and how its experts are kept."""
     config, a = model.config, model.checkpoint.architecture
-    experts = a.num_layers * a.num_experts
+    experts = a.num_moe_layers * a.num_experts
     kept = "all on the device"
     if config.offload.tier != "none":
         source = model.engine.source

@@ -36,6 +36,7 @@ def main() -> None:
 
     from moe_jax.config import Config
     from moe_jax.inference.session import Model, shipped
+    from moe_jax.model.layers import parameter_counts
     from moe_jax.prediction import fit, metrics, predictors, report, saved, texts
     from moe_jax.prediction.activation_log import ActivationLog
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
@@ -78,7 +79,7 @@ def main() -> None:
         baseline = predictors.BASELINES[name]
         initial = baseline.init(jax.random.key(c["seed"]), spec, parts)
         scores[name] = metrics.evaluate(baseline, initial, spec, logs["test"])
-    cost = predictors.Learned.multiply_adds(params) * spec.num_layers / a.active_params()
+    cost = predictors.Learned.multiply_adds(params) * spec.num_layers / parameter_counts(a)["active"]
     summary = {
         "model": identity,
         "train_tokens": int(train_plan.lengths.sum()),
@@ -130,7 +131,7 @@ def run_windows(engine, windows, rows):
     # Always LOG_BATCH prompts, so that one set of executables serves all.
     prompts = [windows.tokens[row, : windows.lengths[row]].tolist() for row in rows]
     prompts += [[0]] * (LOG_BATCH - len(prompts))
-    seen = [[[] for _ in range(engine.architecture.num_layers)] for _ in range(3)]
+    seen = [[[] for _ in range(engine.architecture.num_moe_layers)] for _ in range(3)]
 
     def sink(layer, chunk, routed):
         arrays = half(np.asarray(routed.residual, np.float32)), half(np.asarray(routed.logits)), np.asarray(routed.ids)

@@ -30,7 +30,7 @@ LOSSLESS, ENGINE = "tests/inference/test_lossless.py", "tests/inference/test_eng
 MUTANTS = {
     "two experts swapped in the bank": Mutant(
         "moe_jax/offload/bank.py",
-        {"list(self._experts[key])": "list(self._experts[key[0], {0: 1, 1: 0}.get(key[1], key[1])])"},
+        {"put(self._experts[key],": "put(self._experts[key[0], {0: 1, 1: 0}.get(key[1], key[1])],"},
         LOSSLESS,
     ),
     "staging buffer reused while alive": Mutant(

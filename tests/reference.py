@@ -26,8 +26,8 @@ def forward(a: Architecture, w: dict[str, np.ndarray], tokens: list[int]) -> tup
     softmax = lambda x: (
         np.exp(x - x.max(-1, keepdims=True)) / np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)
     )
-    T, half, chosen = len(tokens), a.head_dim // 2, []
-    angle = np.arange(T)[:, None] / a.rope_theta ** (np.arange(half) / half)
+    T, half, chosen = len(tokens), a.attention.head_dim // 2, []
+    angle = np.arange(T)[:, None] / a.rope.theta ** (np.arange(half) / half)
 
     def rotate(x):  # [T, heads, H]
         x1, x2 = x[..., :half], x[..., half:]
@@ -38,12 +38,12 @@ def forward(a: Architecture, w: dict[str, np.ndarray], tokens: list[int]) -> tup
     for layer in range(a.num_layers):
         p = f"model.layers.{layer}."
         h = norm(x, w[p + "input_layernorm.weight"])
-        q, k, v = ((h @ w[f"{p}self_attn.{n}_proj.weight"].T).reshape(T, -1, a.head_dim) for n in "qkv")
+        q, k, v = ((h @ w[f"{p}self_attn.{n}_proj.weight"].T).reshape(T, -1, a.attention.head_dim) for n in "qkv")
         q, k = rotate(q), rotate(k)
         heads = []
-        for n in range(a.num_heads):
-            g = n // (a.num_heads // a.num_kv_heads)
-            scores = q[:, n] @ k[:, g].T / np.sqrt(a.head_dim)
+        for n in range(a.attention.num_heads):
+            g = n // (a.attention.num_heads // a.attention.num_kv_heads)
+            scores = q[:, n] @ k[:, g].T / np.sqrt(a.attention.head_dim)
             scores[np.triu_indices(T, 1)] = -np.inf
             heads.append(softmax(scores) @ v[:, g])
         x = x + np.concatenate(heads, -1) @ w[p + "self_attn.o_proj.weight"].T

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from moe_jax.checkpoint import mixtral
-from moe_jax.model.architecture import Architecture, to_hf_config
+from moe_jax.checkpoint.families import mixtral
+from moe_jax.model.architecture import Architecture
 
-TINY = Architecture(
+SIZES: dict[str, Any] = dict(
     vocab_size=259,
     d_model=32,
     num_layers=5,
@@ -28,20 +29,22 @@ TINY = Architecture(
     bos_id=0,
     eos_ids=(1,),
 )
+TINY = mixtral.architecture(**SIZES)
 
 
 def write_tiny(directory: Path, a: Architecture = TINY, seed: int = 0, dtype=ml_dtypes.bfloat16) -> Path:
     """Weights large enough that routing differs from token to token and logits are far from even."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    experts = [mixtral.expert(a, layer, e) for layer in range(a.num_layers) for e in range(a.num_experts)]
-    rows = [*mixtral.dense(a).values(), *(part for parts in experts for part in parts)]
+    names = mixtral.layouts(a)[0]
+    experts = [names.expert(layer, e) for layer in range(a.num_layers) for e in range(a.num_experts)]
+    rows = [*names.dense.values(), *(part for parts in experts for part in parts.values())]
     named = {}
-    for name, shape in ((name, shape) for row in rows for name, shape in row.items()):
+    for name, shape in ((piece.name, piece.shape) for row in rows for piece in row):
         values = rng.normal(size=shape) * (1.0 if "embed" in name else shape[-1] ** -0.5 * 1.5)
         named[name] = (1 + 0.1 * rng.normal(size=shape) if "norm" in name else values).astype(dtype)
     save_file(named, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(to_hf_config(a, np.dtype(dtype).name)))
+    (directory / "config.json").write_text(json.dumps(mixtral.write_config(a, np.dtype(dtype).name)))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2, **{char: i + 3 for i, char in enumerate(alphabet)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

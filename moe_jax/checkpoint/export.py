@@ -11,10 +11,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from moe_jax.checkpoint import mixtral
+from moe_jax.checkpoint.families import mixtral
 from moe_jax.checkpoint.hf import SINGLE
+from moe_jax.checkpoint.names import Rows
 from moe_jax.errors import UserError
-from moe_jax.model.architecture import Architecture, to_hf_config
+from moe_jax.model.architecture import Architecture
 
 
 def save(directory: str | Path, architecture: Architecture, params: dict[str, Any], data_dir: str | Path) -> None:
@@ -47,7 +48,7 @@ def save(directory: str | Path, architecture: Architecture, params: dict[str, An
             **{name: tokens[i] for name, i in special.items() if i is not None},
         },
     )
-    config = to_hf_config(a, "bfloat16")
+    config = mixtral.write_config(a, "bfloat16")
     _write(directory / "generation_config.json", {key: config[key] for key in ("bos_token_id", "eos_token_id")})
     _write(directory / "config.json", config)
 
@@ -55,25 +56,26 @@ def save(directory: str | Path, architecture: Architecture, params: dict[str, An
 def _named(a: Architecture, params: dict[str, Any]) -> dict[str, np.ndarray]:
     """Bfloat16 tensors by Hugging Face name."""
     named: dict[str, np.ndarray] = {}
-    for path, rows in mixtral.dense(a).items():
+    released = mixtral.layouts(a)[0]
+    for path, rows in released.dense.items():
         node = params["dense"]
         for key in path:
             node = node[key]
         named.update(_split(node, rows))
     for layer, experts in enumerate(params["experts"]):
         for e in range(a.num_experts):
-            for part, rows in zip(("gate_up", "down"), mixtral.expert(a, layer, e), strict=True):
+            for part, rows in released.expert(layer, e).items():
                 named.update(_split(experts[part][e], rows))
     return named
 
 
-def _split(array: Any, rows: mixtral.Rows) -> dict[str, np.ndarray]:
+def _split(array: Any, rows: Rows) -> dict[str, np.ndarray]:
     array = np.asarray(array).astype(ml_dtypes.bfloat16)
-    ends = np.cumsum([shape[0] for shape in rows.values()])
-    assert array.shape[0] == ends[-1], f"{list(rows)} do not fit an array of {array.shape}"
+    ends = np.cumsum([piece.shape[0] for piece in rows])
+    assert array.shape[0] == ends[-1], f"{[piece.name for piece in rows]} do not fit an array of {array.shape}"
     parts = np.split(array, ends[:-1])
-    assert all(part.shape == shape for part, shape in zip(parts, rows.values(), strict=True))
-    return dict(zip(rows, parts, strict=True))
+    assert all(part.shape == piece.shape for part, piece in zip(parts, rows, strict=True))
+    return {piece.name: part for piece, part in zip(rows, parts, strict=True)}
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from moe_jax.checkpoint import mixtral
-from moe_jax.checkpoint.safetensors_file import DTYPES, Tensor, empty, read_header, read_into
+from moe_jax.checkpoint.families import family
+from moe_jax.checkpoint.names import Names, Rows, expert_weights
+from moe_jax.checkpoint.safetensors_file import DTYPES, FLOATS, Tensor, empty, read_header, read_into
 from moe_jax.errors import UserError
-from moe_jax.model.architecture import from_hf_config
+from moe_jax.model.experts import ExpertWeights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class HFCheckpoint:
-    """A Mixtral checkpoint in Hugging Face format, in one safetensors file or in shards with an index.
+    """A checkpoint in Hugging Face format, in one safetensors file or in shards with an index.
 
     Reading is thread-safe and keeps nothing: every call goes to the file and gives a new array.
 
     Attributes:
       directory: where it lies.
       architecture: read from config.json.
-      dtype: dtype of the experts: "bfloat16", "float16" or "float32".
-      expert_bytes: bytes of one expert in that dtype.
+      dtype: of the experts' matrices: "bfloat16", "float16", "float32" or "mxfp4".
+      dense_spec: shapes and dtypes of the dense arrays, by path.
+      expert_spec: shapes and dtypes of one expert, `ExpertWeights` of `jax.ShapeDtypeStruct`.
+      expert_bytes: bytes of one expert as stored.
     """
 
     def __init__(self, directory: str | Path):
@@ -42,72 +47,109 @@ class HFCheckpoint:
         config = read_json(self.directory / "config.json")
         if config is None:
             raise UserError(f"{directory} has no config.json; give a Hugging Face model directory")
-        self.architecture = a = from_hf_config(config)
+        chosen = family(config)
+        self.architecture = a = chosen.read_config(config)
         self._tensors = _tensors(self.directory)
-        self._dense = mixtral.dense(a)
-        experts = [mixtral.expert(a, layer, e) for layer in range(a.num_layers) for e in range(a.num_experts)]
-        expert_rows = [rows for parts in experts for rows in parts]
-        self._check([*self._dense.values(), *expert_rows])
-        name, dtype = self._one_dtype(name for rows in expert_rows for name in rows)
-        for rows in self._dense.values():
-            self._one_dtype(rows)
-        self.dtype = dtype.name
-        self.expert_bytes = a.expert_params() * dtype.itemsize
+        self._names = self._closest(chosen.layouts(a))
+        experts = [self._names.expert(layer, e) for layer in range(a.num_moe_layers) for e in range(a.num_experts)]
+        self._check([*self._names.dense.values(), *(rows for parts in experts for rows in parts.values())])
+        self.dense_spec = {
+            path: jax.ShapeDtypeStruct(_shape(rows), self._one_dtype([piece.name for piece in rows]))
+            for path, rows in self._names.dense.items()
+        }
+        dtypes = {
+            part: self._one_dtype(list(dict.fromkeys(piece.name for parts in experts for piece in parts[part])))
+            for part in experts[0]
+        }
+        self.dtype = dtypes["gate_up"].name if "gate_up" in dtypes else "mxfp4"
+        self.expert_spec = expert_weights(
+            {part: jax.ShapeDtypeStruct(_shape(rows), dtypes[part]) for part, rows in experts[0].items()}
+        )
+        self.expert_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self.expert_spec))
 
     def dense(self) -> dict[str, Any]:
         """All dense weights in checkpoint dtype: numpy arrays in the tree of `nnx.to_pure_dict` of `layers.Decoder`."""
         tree: dict[Any, Any] = {}
-        for path, rows in self._dense.items():
+        for path in self.dense_spec:
             node = tree
             for key in path[:-1]:
                 node = node.setdefault(key, {})
-            node[path[-1]] = self._read(rows)
+            node[path[-1]] = self.dense_array(path)
         return tree
 
-    def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray]:
-        """One expert in checkpoint dtype: gate_up [2F, D], gate rows then up rows, and down [D, F]."""
-        gate_up, down = mixtral.expert(self.architecture, layer, expert)
-        return self._read(gate_up), self._read(down)
+    def dense_array(self, path: tuple[str | int, ...]) -> np.ndarray:
+        """One dense array in checkpoint dtype."""
+        return self._read(self._names.dense[path])
 
-    def _read(self, rows: mixtral.Rows) -> np.ndarray:
-        """Reads tensors stacked along rows, each straight into its place."""
-        shapes = list(rows.values())
-        dtype = DTYPES[self._tensors[next(iter(rows))].dtype]
-        out = empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype)
+    def expert(self, layer: int, expert: int) -> ExpertWeights:
+        """One expert as numpy arrays in checkpoint dtype; layers are counted among those that have experts."""
+        return expert_weights({part: self._read(rows) for part, rows in self._names.expert(layer, expert).items()})
+
+    def _read(self, rows: Rows) -> np.ndarray:
+        """Reads pieces stacked along rows, each straight into its place."""
+        out = empty(_shape(rows), DTYPES[self._tensors[rows[0].name].dtype])
         start = 0
-        for name, shape in rows.items():
-            read_into(self._tensors[name], out[start : start + shape[0]])
-            start += shape[0]
+        for piece in rows:
+            tensor, count = self._tensors[piece.name], _shape((piece,))[0]
+            tensor = tensor if piece.index is None else tensor.slice(piece.index)
+            if piece.transposed:
+                stored = empty(tensor.shape, out.dtype)
+                read_into(tensor, stored)
+                out[start : start + count] = stored.T
+            else:
+                read_into(tensor, out[start : start + count])
+            start += count
         return out
 
-    def _check(self, arrays: Iterable[mixtral.Rows]) -> None:
-        expected = {name: shape for rows in arrays for name, shape in rows.items()}
+    def _closest(self, layouts: tuple[Names, ...]) -> Names:
+        """The layout that has most of its expert tensors here; the first on ties."""
+
+        def found(names: Names) -> bool:
+            return all(piece.name in self._tensors for rows in names.expert(0, 0).values() for piece in rows)
+
+        return next(filter(found, layouts), layouts[0])
+
+    def _check(self, arrays: Iterable[Rows]) -> None:
+        expected = {piece.name: piece for rows in arrays for piece in rows}
         if missing := [name for name in expected if name not in self._tensors]:
             raise UserError(f"checkpoint {self.directory} lacks {_some(missing)}; download it again")
-        if extra := [name for name in self._tensors if name not in expected]:
+        unread = set().union(*(group for group in self._names.unread if group <= self._tensors.keys()))
+        known = lambda name: name in expected or name in unread or self._names.ignored(name)
+        if extra := [name for name in self._tensors if not known(name)]:
             raise UserError(
                 f"checkpoint {self.directory} has unexpected {_some(extra)}; config.json describes another model"
             )
-        wrong = {name: (self._tensors[name].shape, shape) for name, shape in expected.items()}
+        wrong = {name: (self._tensors[name].shape, piece.shape) for name, piece in expected.items()}
         if wrong := [f"{n} is {list(got)}, not {list(want)}" for n, (got, want) in wrong.items() if got != want]:
             raise UserError(
                 f"checkpoint {self.directory} has wrong shapes: {_some(wrong, '')}; config.json describes another model"
             )
-        if odd := [f"{name} is {self._tensors[name].dtype}" for name in expected if self._dtype(name) is None]:
-            raise UserError(f"{self.directory}: {_some(odd, '')}; supported dtypes: {', '.join(DTYPES)}")
+        for wanted in dict.fromkeys(piece.dtype for piece in expected.values()):
+            supported = FLOATS if wanted is None else (wanted,)
+            found = {name: self._tensors[name].dtype for name, piece in expected.items() if piece.dtype == wanted}
+            if odd := [f"{name} is {dtype}" for name, dtype in found.items() if dtype not in supported]:
+                raise UserError(f"{self.directory}: {_some(odd, '')}; supported dtypes: {', '.join(supported)}")
 
     def _dtype(self, name: str) -> np.dtype | None:
         return DTYPES.get(self._tensors[name].dtype)
 
-    def _one_dtype(self, names: Iterable[str]) -> tuple[str, np.dtype]:
+    def _one_dtype(self, names: list[str]) -> np.dtype:
         first, *rest = names
-        other = [name for name in rest if self._dtype(name) != self._dtype(first)]
+        dtype = DTYPES[self._tensors[first].dtype]
+        other = [name for name in rest if self._dtype(name) != dtype]
         if other:
             raise UserError(
                 f"checkpoint {self.directory} mixes dtypes: {first} is {self._tensors[first].dtype},"
                 f" {other[0]} is {self._tensors[other[0]].dtype}; save it in one dtype"
             )
-        return first, DTYPES[self._tensors[first].dtype]
+        return dtype
+
+
+def _shape(rows: Rows) -> tuple[int, ...]:
+    """Shape of the array that the pieces make."""
+    shapes = [piece.shape if piece.index is None else piece.shape[1:] for piece in rows]
+    shapes = [shape[::-1] if piece.transposed else shape for piece, shape in zip(rows, shapes, strict=True)]
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

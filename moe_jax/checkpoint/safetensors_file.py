@@ -16,7 +16,8 @@ import numpy as np
 
 from moe_jax.errors import UserError
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {**FLOATS, "U8": np.dtype(np.uint8)}
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
@@ -28,6 +29,11 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     start: int  # bytes from the start of the file
     nbytes: int
+
+    def slice(self, index: int) -> Tensor:
+        """One slice along the first axis."""
+        nbytes = self.nbytes // self.shape[0]
+        return Tensor(self.file, self.dtype, self.shape[1:], self.start + index * nbytes, nbytes)
 
 
 def read_header(file: Path) -> dict[str, Tensor]:

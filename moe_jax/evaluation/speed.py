@@ -86,7 +86,7 @@ def _mode(model: Model, name: str) -> Mode:
     own = OffloadedExperts(source.bank, a, source.store.budget_bytes, link_gbps=model.config.offload.link_gbps)
     prefetch = model.config.prefetch
     directory = model.predictor_directory()
-    predictor = predictors.load(name, min(prefetch.horizon, a.num_layers), directory, a, base.dense)
+    predictor = predictors.load(name, min(prefetch.horizon, a.num_moe_layers), directory, a, base.dense)
     return Mode(name, Engine(base.stages, base.dense, own, predictor, base.prefill_chunk))
 
 
@@ -99,7 +99,7 @@ def _row(mode: Mode, model: Model, baseline: list[float] | None) -> dict[str, An
     row["tpot_s"] = {name: float(np.percentile(steps, q)) for name, q in metrics.PERCENTILES.items()}
     row["host_overhead_s_per_layer"] = None
     if mode.name == RESIDENT:
-        source, layers = mode.engine.source, mode.engine.architecture.num_layers
+        source, layers = mode.engine.source, mode.engine.architecture.num_moe_layers
         weights = lambda layer, expert: source.take(layer, [expert])[0]
         compute = bounds.replay(mode.engine, generation.record, weights, generation.capacity, steps=64)
         row["replay_s"] = compute

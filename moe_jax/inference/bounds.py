@@ -25,7 +25,7 @@ def replay(
       capacity: cache positions S of that run.
       steps: how many of the last recorded steps are replayed (after one to warm up).
     """
-    stages, layers = engine.stages, engine.architecture.num_layers
+    stages, layers = engine.stages, engine.architecture.num_moe_layers
     batch = record.ids[0].shape[0]
     state = DecodeState(stages.kv_cache(batch, capacity), stages.rope(capacity), record.lengths[0], record.active[0])
     chosen = range(max(0, len(record.active) - steps), len(record.active))
@@ -36,12 +36,13 @@ def replay(
         positions = np.where(active, lengths, capacity).astype(np.int32)[:, None]
         started = time.perf_counter()
         x = stages.embed(engine.dense, np.zeros((batch, 1), np.int32))
-        for layer, calls in enumerate(plan):
-            routed, state.kv[layer] = stages.route(
-                engine.dense["layers"][layer], state.rope, x, positions, state.kv[layer]
-            )
+        for index, layer in engine.numbered:
+            if layer is None:
+                x = stages.dense_layer(index, engine.dense, state.rope, x, positions, state.kv)
+                continue
+            routed = stages.route(index, engine.dense, state.rope, x, positions, state.kv)
             outputs = routed.outputs
-            for experts, rows, slots in calls:
+            for experts, rows, slots in plan[layer]:
                 weights = tuple([weights_of(layer, expert) for expert in experts])
                 outputs, _ = stages.experts(outputs, routed.h, rows, slots, weights)
             x = stages.combine(routed.residual, outputs, routed.gates, x)
@@ -51,7 +52,7 @@ def replay(
 
 
 def _plan(engine: Engine, record: Record, step: int, layer: int) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
-    ids, active = record.ids[step * engine.architecture.num_layers + layer], record.active[step]
+    ids, active = record.ids[step * engine.architecture.num_moe_layers + layer], record.active[step]
     needed, calls = unique_in_order(ids, active), []
     for size in arities(len(needed), engine.architecture.top_k):
         group, needed = needed[:size], needed[size:]
@@ -89,7 +90,7 @@ def predictor_seconds(engine: Engine, state_batch: int, repeats: int = 20) -> fl
         started = time.perf_counter()
         jax.block_until_ready(call())
         times.append(time.perf_counter() - started)
-    return float(np.median(times)) * engine.architecture.num_layers
+    return float(np.median(times)) * engine.architecture.num_moe_layers
 
 
 def overlap_share(compute_s: float, transfer_s: float, measured_s: float) -> float | None:

@@ -25,7 +25,7 @@ from moe_jax.prediction.predictors import Features
 
 SMALL_CHUNK = 32
 Sink = Callable[[int, int, Routed], None]
-"""Receives (layer, chunk, Routed) during prefill; rows are [B, Tc] flattened."""
+"""Receives (layer among those with experts, chunk, Routed) during prefill; rows are [B, Tc] flattened."""
 
 
 @dataclasses.dataclass
@@ -46,7 +46,7 @@ class DecodeState:
 
 @dataclasses.dataclass
 class Record:
-    """Routing of a run, as the decode loop saw it; decode lists have one entry per step and layer.
+    """Routing of a run, as the decode loop saw it; decode lists have one entry per step and expert layer.
 
     When a step was interrupted its layers stand at the end of the lists, beyond the `len(active)` complete steps.
     """
@@ -88,6 +88,9 @@ class Engine:
         if self.predictor is not None:
             self._predict = jax.jit(self._predict_fn)
         self.record: Record | None = None
+        ordinal = {layer: i for i, layer in enumerate(self.architecture.moe_layers)}
+        # Every layer, and its number among those that have experts: what sources, predictors and records count by.
+        self.numbered = [(layer, ordinal.get(layer)) for layer in range(self.architecture.num_layers)]
         self._single = [np.zeros((size, 1), np.int32) for size in range(9)]
 
     # ---- prefill -----------------------------------------------------------------------------------------------
@@ -143,14 +146,17 @@ class Engine:
         x = [stages.embed(self.dense, chunk) for chunk in split(tokens)]
         ids_by_layer = []
         self.source.begin_token(-1)
-        for layer in range(a.num_layers):
+        for index, layer in self.numbered:
+            call = lambda stage, c: stage(index, self.dense, state.rope, x[c], device_positions[c], state.kv)  # noqa: B023
+            if layer is None:
+                for c in range(chunks):
+                    x[c] = call(stages.dense_layer, c)
+                continue
             routed = []
             for c in range(chunks):
-                weights = self.dense["layers"][layer]
-                out, state.kv[layer] = stages.route(weights, state.rope, x[c], device_positions[c], state.kv[layer])
-                routed.append(out)
+                routed.append(call(stages.route, c))
                 if sink:
-                    sink(layer, c, out)
+                    sink(layer, c, routed[c])
             ids = [np.asarray(r.ids) for r in routed]
             ids_by_layer.append(np.concatenate([i.reshape(B, Tc, -1) for i in ids], axis=1))
             outputs = [r.outputs for r in routed]
@@ -191,10 +197,11 @@ class Engine:
         ]  # inactive: no write
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
-        for layer in range(self.architecture.num_layers):
-            routed, state.kv[layer] = stages.route(
-                self.dense["layers"][layer], state.rope, x, positions, state.kv[layer]
-            )
+        for index, layer in self.numbered:
+            if layer is None:
+                x = stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
+                continue
+            routed = stages.route(index, self.dense, state.rope, x, positions, state.kv)
             predicted = self._start_prediction(layer, routed, state)
             outputs = self._run_layer(layer, routed, np.asarray(routed.ids), state.active)
             x = stages.combine(routed.residual, outputs, routed.gates, x)
@@ -262,8 +269,12 @@ class Engine:
         rope = stages.rope(S)
         for T, decoding in ((Tc, False), (1, True)):
             x = stages.embed(self.dense, np.zeros((B, T), np.int32))
-            kv = stages.kv_cache(B, S)[0]
-            routed, _ = stages.route(self.dense["layers"][0], rope, x, np.zeros((B, T), np.int32), kv)
+            kv, positions = stages.kv_cache(B, S), np.zeros((B, T), np.int32)
+            for layer in {kind: layer for layer, kind in enumerate(a.layers)}.values():  # one of each kind
+                if a.layers[layer].dense_ff is None:
+                    routed = stages.route(layer, self.dense, rope, x, positions, kv)
+                else:
+                    stages.dense_layer(layer, self.dense, rope, x, positions, kv)
             outputs = routed.outputs
             for arity in sorted(set(arities(a.top_k, a.top_k)) | {1, 2, 4, 8}) if decoding else (1,):
                 if arity > a.top_k:
@@ -285,7 +296,7 @@ class Engine:
         ids = jnp.zeros((batch, a.top_k), jnp.int32)
         residual = zeros(a.d_model).astype(self.stages.dtype)
         features = Features(np.int32(0), residual, zeros(a.num_experts), ids, zeros(a.top_k))
-        state = self.predictor.prime(self.spec, np.zeros((a.num_layers, batch, 1, a.top_k), np.int32))
+        state = self.predictor.prime(self.spec, np.zeros((a.num_moe_layers, batch, 1, a.top_k), np.int32))
         return lambda: self._predict(self.predictor_params, state, features, np.ones(batch, bool))
 
 

@@ -33,7 +33,7 @@ def measure(generation: Generation, compile_s: float, link_gbps: float = 0.0) ->
         "tokens_per_s": tokens / timing.total_s if timing.total_s else None,
         "needed": summary.get("needed") or dict.fromkeys(("cached", "prefetched", "late", "missed")),
         "hit_rate": summary.get("hit_rate"),
-        "recall": recall(record, engine.architecture.num_layers),
+        "recall": recall(record, engine.architecture.num_moe_layers),
         "ready_recall": summary.get("ready_recall"),
         "bytes_per_token": summary.get("bytes_per_token")
         or dict.fromkeys(("demand", "speculative_used", "speculative_wasted")),
@@ -67,7 +67,7 @@ def recall(record: Record, num_layers: int) -> float | None:
 def _compute_and_transfer(engine: Engine, generation: Generation, link_gbps: float) -> tuple[float, float]:
     """C and T, seconds per decode step."""
     source: Any = engine.source
-    record, layers = generation.record, engine.architecture.num_layers
+    record, layers = generation.record, engine.architecture.num_moe_layers
     resident = source.resident()
     # Which weights does not matter to the time; those of the store are spread over the experts that ran.
     pick = lambda layer, expert: resident[(layer * engine.architecture.num_experts + expert) % len(resident)]

@@ -17,8 +17,8 @@ class ResidentExperts:
     def __init__(self, checkpoint: HFCheckpoint):
         a = checkpoint.architecture
         self._experts = [
-            [ExpertWeights(*map(jax.device_put, checkpoint.expert(layer, e))) for e in range(a.num_experts)]
-            for layer in range(a.num_layers)
+            [jax.device_put(checkpoint.expert(layer, e)) for e in range(a.num_experts)]
+            for layer in range(a.num_moe_layers)
         ]
 
     def begin_token(self, token: int) -> None:

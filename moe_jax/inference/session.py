@@ -22,7 +22,7 @@ from moe_jax.inference.resident import ResidentExperts
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.text import Tokenizer
 from moe_jax.model.decoder import Stages, device_weights
-from moe_jax.model.experts import ExpertSource, ExpertWeights
+from moe_jax.model.experts import ExpertSource
 from moe_jax.prediction import predictors
 
 
@@ -78,7 +78,7 @@ class Model:
         from moe_jax.offload.source import OffloadedExperts, check_budget, parse_budget
 
         a, offload = self.checkpoint.architecture, self.config.offload
-        total = a.num_layers * a.num_experts * self.checkpoint.expert_bytes
+        total = a.num_moe_layers * a.num_experts * self.checkpoint.expert_bytes
         budget = parse_budget(offload.device_budget, total, _free_bytes())
         check_budget(budget, a, self.checkpoint.expert_bytes)
         return OffloadedExperts(HostBank(self.checkpoint), a, budget, link_gbps=offload.link_gbps)
@@ -89,7 +89,7 @@ class Model:
 
     def _predictor(self, dense: Any) -> tuple[Any, Any, Any] | None:
         a, prefetch = self.checkpoint.architecture, self.config.prefetch
-        horizon = min(prefetch.horizon, a.num_layers)  # further ahead every layer has been seen
+        horizon = min(prefetch.horizon, a.num_moe_layers)  # further ahead every layer has been seen
         return predictors.load(prefetch.predictor, horizon, self.predictor_directory(), a, dense)
 
     def start(
@@ -121,8 +121,8 @@ class Model:
         else:
             system = [{"role": "system", "content": chat}] if chat else []
             ids = [self.tokenizer.apply_chat([*system, {"role": "user", "content": p}]) for p in prompts]
-        size, shapes = self.config.batch_size, self.checkpoint.architecture.expert_shapes()
-        example = ExpertWeights(*(jnp.zeros(shapes[part], self.checkpoint.dtype) for part in ("gate_up", "down")))
+        size = self.config.batch_size
+        example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.checkpoint.expert_spec)
         for start in range(0, len(ids), size):
             lengths = [len(prompt) for prompt in ids[start : start + size]]
             self.compile_s += self.engine.compile(lengths, max_new_tokens, example)

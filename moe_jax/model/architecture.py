@@ -1,4 +1,6 @@
-"""What a decoder looks like: one frozen dataclass, read from a Hugging Face `config.json`.
+"""What a decoder looks like: frozen descriptions, which layers and stages dispatch on. No model has a name here.
+
+Families (`moe_jax/checkpoint/families`) read a `config.json` into an `Architecture`; everything above sees only that.
 
 Dims legend (used in names, einsums and annotations everywhere):
 B batch, T tokens, S cached positions, D model, N query heads, G key/value heads, H head width,
@@ -8,131 +10,154 @@ L layers, E experts, K active experts per token, F expert hidden, V vocabulary, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import functools
+from typing import Literal
 
-from moe_jax.errors import UserError
+from moe_jax.model.rope import Rope
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedQuery:
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions over whole heads."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # independent of D
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm of q and k: each head's H, or all heads' N * H as one
+    clip_qkv: float | None = None  # q, k and v are clipped to [-clip, clip], after the norm
+    sinks: bool = False  # one learned logit per head joins the softmax and is dropped (GPT-OSS)
+
+    @property
+    def rope_dim(self) -> int:
+        """Width that is rotated."""
+        return self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made of a narrow latent; part of
+    each head is rotated, and the rotated key is shared by all heads."""
+
+    num_heads: int
+    kv_rank: int  # width of the latent
+    nope_dim: int  # of a head's query and key, what is not rotated
+    rope_dim: int  # ... and what is
+    v_dim: int
+    score_scale: float  # of the scores; some rope scalings change it
+    q_rank: int | None = None  # queries are made of a latent too; None: of the residual
+    bias: bool = False  # of the projections to the latents and to the residual stream
+    norm_eps: float = 1e-6  # of the latents' norms
+
+
+AttentionKind = GroupedQuery | Latent
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """From router logits to expert ids and gates: score, mask by group, choose K, renormalise, scale."""
+
+    top_k: int
+    scoring: Literal["softmax", "sigmoid", "softmax_chosen"] = "softmax"  # the last: softmax over the K chosen logits
+    renormalise: bool = True  # gates sum to 1 (before `scale`)
+    bias: bool = False
+    correction_bias: bool = False  # added to the scores for the choice only (DeepSeek-V3, arXiv 2412.19437, eq. 16)
+    num_groups: int = 1  # consecutive experts form a group; experts outside the best `groups_kept` are never chosen
+    groups_kept: int = 1
+    group_score: Literal["max", "top2"] = "max"  # a group's score: its best expert's, or the sum of its best two
+    scale: float = 1.0
+    float32: bool = False  # logits are computed in float32 whatever the compute dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class SwiGLU:
+    """silu(gate) * up (arXiv 2002.05202)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedSwiGLU:
+    """(up + 1) * gate * sigmoid(alpha * gate) with gate <= limit and |up| <= limit (GPT-OSS)."""
+
+    limit: float
+    alpha: float
+    interleaved: bool = True  # rows of gate_up alternate: gate, up, gate, up
+
+
+Activation = SwiGLU | ClampedSwiGLU
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The routed experts of a layer."""
+
+    num_experts: int
+    ff: int
+    activation: Activation = SwiGLU()
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedExpert:
+    """A feed-forward that every token passes beside its routed experts. It stays on the device."""
+
+    ff: int
+    gated: bool = False  # times the sigmoid of a learned projection (Qwen2-MoE)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """In what the layers of one model differ. Layers of one kind share their executables."""
+
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all before it
+    dense_ff: int | None = None  # width of a dense feed-forward in place of experts; None: experts
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes and constants of a Mixtral-architecture decoder. Hashable, so it can be a static jit argument."""
+    """A decoder. Hashable, so it can be a static jit argument.
+
+    Layers are numbered 0..L-1. Everything about experts (sources, banks, predictors, traces, the engine's records)
+    numbers the layers that have experts 0..num_moe_layers-1; `moe_layers` maps the latter to the former.
+    """
 
     vocab_size: int
     d_model: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_experts: int
-    top_k: int
-    expert_ff: int
+    layers: tuple[LayerKind, ...]
+    attention: AttentionKind
+    rope: Rope
+    routing: Routing
+    experts: Experts
     max_seq_len: int
-    rope_theta: float = 1e6
+    shared: SharedExpert | None = None  # in every layer that has experts
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
-    def expert_shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes of the arrays of one expert, `[out, in]` as in the checkpoint: gate and up stacked, and down."""
-        return {"gate_up": (2 * self.expert_ff, self.d_model), "down": (self.d_model, self.expert_ff)}
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
-    def expert_params(self) -> int:
-        """Number of parameters of one expert."""
-        return 3 * self.expert_ff * self.d_model
+    @functools.cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers that have experts."""
+        return tuple(i for i, kind in enumerate(self.layers) if kind.dense_ff is None)
 
-    def active_params(self) -> int:
-        """Parameters multiplied per decoded token: attention, router, K experts and the output head."""
-        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.d_model
-        per_layer = attention + self.num_experts * self.d_model + self.top_k * self.expert_params()
-        return self.num_layers * per_layer + self.vocab_size * self.d_model
+    @property
+    def num_moe_layers(self) -> int:
+        return len(self.moe_layers)
 
+    @property
+    def num_experts(self) -> int:
+        return self.experts.num_experts
 
-# Fields of a Mixtral config.json that change the mathematics, with the only values this code implements.
-_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "sliding_window": (None,),
-    "attention_bias": (False,),
-    "attention_dropout": (0, 0.0),
-    "rope_scaling": (None,),
-}
+    @property
+    def top_k(self) -> int:
+        return self.routing.top_k
 
-
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
-
-
-def from_hf_config(config: Mapping[str, Any]) -> Architecture:
-    """Reads the dictionary of a Hugging Face `config.json`.
-
-    Raises:
-      UserError: the model type, or a setting that changes the result, is not implemented.
-    """
-    model_type = config.get("model_type")
-    if model_type != "mixtral":
-        raise UserError(f"config.json has model_type {model_type!r}; supported: 'mixtral'")
-    for field, allowed in _REQUIRED_VALUES.items():
-        if config.get(field, allowed[0]) not in allowed:
-            raise UserError(f"config.json asks for {field}={config[field]!r}; supported: {list(allowed)}")
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"config.json asks for rope_type={rope['rope_type']!r}; supported: 'default'")
-    bos = _ids(config.get("bos_token_id"))
-    try:
-        heads, d_model = config["num_attention_heads"], config["hidden_size"]
-        architecture = Architecture(
-            vocab_size=config["vocab_size"],
-            d_model=d_model,
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or d_model // heads,
-            num_experts=config["num_local_experts"],
-            top_k=config["num_experts_per_tok"],
-            expert_ff=config["intermediate_size"],
-            max_seq_len=config["max_position_embeddings"],
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 1e6),
-            norm_eps=config.get("rms_norm_eps", 1e-5),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            bos_id=bos[0] if bos else None,
-            eos_ids=_ids(config.get("eos_token_id")),
-        )
-    except KeyError as error:
-        raise UserError(f"config.json has no field {error}; a Mixtral configuration needs it") from None
-    if architecture.top_k > architecture.num_experts or architecture.num_heads % architecture.num_kv_heads:
-        raise UserError(
-            f"config.json is inconsistent: {architecture.top_k} of {architecture.num_experts} experts,"
-            f" {architecture.num_heads} query heads over {architecture.num_kv_heads} key/value heads"
-        )
-    return architecture
-
-
-def to_hf_config(a: Architecture, dtype: str) -> dict[str, Any]:
-    """The `config.json` that `transformers` reads as the same model (inverse of `from_hf_config`)."""
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "vocab_size": a.vocab_size,
-        "hidden_size": a.d_model,
-        "num_hidden_layers": a.num_layers,
-        "num_attention_heads": a.num_heads,
-        "num_key_value_heads": a.num_kv_heads,
-        "head_dim": a.head_dim,
-        "num_local_experts": a.num_experts,
-        "num_experts_per_tok": a.top_k,
-        "intermediate_size": a.expert_ff,
-        "max_position_embeddings": a.max_seq_len,
-        "rope_theta": a.rope_theta,
-        "rms_norm_eps": a.norm_eps,
-        "tie_word_embeddings": a.tie_embeddings,
-        "hidden_act": "silu",
-        "sliding_window": None,
-        "attention_dropout": 0.0,
-        "router_jitter_noise": 0.0,
-        "bos_token_id": a.bos_id,
-        "eos_token_id": a.eos_ids[0] if len(a.eos_ids) == 1 else list(a.eos_ids),
-        "torch_dtype": dtype,
-    }
+    def expert_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the unquantised arrays of one expert, by field of `ExpertWeights`."""
+        f, d = self.experts.ff, self.d_model
+        shapes: dict[str, tuple[int, ...]] = {"gate_up": (2 * f, d), "down": (d, f)}
+        return shapes | ({"gate_up_bias": (2 * f,), "down_bias": (d,)} if self.experts.bias else {})

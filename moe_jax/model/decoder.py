@@ -1,11 +1,12 @@
 """Decoder stages: pure jitted functions over plain pytrees. They know nothing of where experts live.
 
-One decode step is `embed`, then per layer `route`, `experts` (one or more calls) and `combine`, then `head`. Each is
-jitted once; the layer's weights are arguments, so all layers of a kind share one executable per shape.
+One decode step is `embed`, then per layer either `dense_layer`, or `route`, `experts` (one or more calls) and
+`combine`, then `head`. The layer's weights are arguments, so all layers of a kind share one executable per shape.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,19 +16,21 @@ from flax import nnx
 
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import run_experts
-from moe_jax.model.layers import Decoder, linear, rope_table
+from moe_jax.model.layers import MODULES, Decoder
+from moe_jax.model.primitives import linear
+from moe_jax.model.rope import rope_table
 
-KVCache = list[tuple[jax.Array, jax.Array]]
-"""Per layer: keys and values, each [B, S, G, H]."""
+KVCache = list[tuple[jax.Array, ...]]
+"""Per layer, what its attention caches: keys and values, each [B, S, G, H], or what `cache_shapes` says."""
 
 
 class Routed(NamedTuple):
     """What `route` knows of a layer, for R = B * T token rows."""
 
-    residual: jax.Array  # [R, D], after attention is added
+    residual: jax.Array  # [R, D], after attention and the shared expert (if any) are added
     h: jax.Array  # [R, D], normalised: what router and experts see
     logits: jax.Array  # [R, E] float32 router logits
-    ids: jax.Array  # [R, K] int32, most probable first
+    ids: jax.Array  # [R, K] int32, the first choice first
     gates: jax.Array  # [R, K] float32
     outputs: jax.Array  # [R * K, D] zeros: the slots that `experts` fills
 
@@ -37,8 +40,7 @@ class Stages:
 
     Attributes:
       embed: (dense, tokens int32 [B, T]) -> x [B, T, D].
-      route: (layer weights, rope, x [B, T, D], positions int32 [B, T], kv) -> Routed, kv. Donates kv.
-      experts: `moe_jax.model.experts.run_experts`. Donates the output slots.
+      experts: `moe_jax.model.experts.run_experts` with the model's activation. Donates the output slots.
       combine: (Routed.residual, outputs, gates, x for its shape) -> x [B, T, D]: gates times outputs in router order.
       head: (dense, x [B, T, D], index int32 [B]) -> float32 logits [B, V] at each row's index.
     """
@@ -46,19 +48,28 @@ class Stages:
     def __init__(self, a: Architecture, dtype: Any):
         self.architecture, self.dtype = a, dtype
         decoder = nnx.eval_shape(lambda: Decoder(a, dtype, rngs=nnx.Rngs(0)))
-        layer_graph = nnx.graphdef(decoder.layers[0])  # the layers have one structure
         norm_graph = nnx.graphdef(decoder.norm)
 
         def embed(dense, tokens):
             return dense["embedding"][tokens]
 
-        def route(layer_weights, rope, x, positions, kv):
-            layer = nnx.merge(layer_graph, layer_weights)
+        def attention(layer, rope, x, positions, kv):
             attended, kv = layer.attention.cached(layer.attention_norm(x), positions, rope, kv)
             residual = (x + attended).reshape(-1, a.d_model)
-            h = layer.expert_norm(residual)
+            return residual, layer.expert_norm(residual), kv
+
+        def dense_layer(graph, weights, rope, x, positions, kv):
+            layer = nnx.merge(graph, weights)
+            residual, h, kv = attention(layer, rope, x, positions, kv)
+            return (residual + layer.feed_forward(h)).reshape(x.shape), kv
+
+        def route(graph, weights, rope, x, positions, kv):
+            layer = nnx.merge(graph, weights)
+            residual, h, kv = attention(layer, rope, x, positions, kv)
             logits = layer.router.logits(h)
             ids, gates = layer.router.choose(logits)
+            if layer.shared is not None:
+                residual = residual + layer.shared(h)
             outputs = jnp.zeros((residual.shape[0] * a.top_k, a.d_model), h.dtype)
             return Routed(residual, h, logits, ids, gates, outputs), kv
 
@@ -71,24 +82,49 @@ class Stages:
             norm = nnx.merge(norm_graph, dense["norm"])
             return linear(norm(last), dense.get("head", dense["embedding"])).astype(jnp.float32)
 
+        kinds: dict[Any, Any] = {}
+        for layer, kind in zip(decoder.layers, a.layers, strict=True):
+            if kind not in kinds:
+                stage = functools.partial(route if kind.dense_ff is None else dense_layer, nnx.graphdef(layer))
+                kinds[kind] = jax.jit(stage, donate_argnums=4)
+        self._layers = [kinds[kind] for kind in a.layers]
         self.embed = jax.jit(embed)
-        self.route = jax.jit(route, donate_argnums=4)
-        self.experts = jax.jit(run_experts, donate_argnums=0)
+        self.experts = jax.jit(functools.partial(run_experts, a.experts.activation), donate_argnums=0)
         self.combine = jax.jit(combine)
         self.head = jax.jit(head)
+
+    def route(self, layer: int, dense: Any, rope: Any, x: Any, positions: Any, kv: KVCache) -> Routed:
+        """Everything of a layer with experts up to its experts. Replaces the layer's cache in `kv` (donated).
+
+        Args:
+          layer: counted among all layers.
+          dense: all dense weights; rope: `rope`'s table; x: [B, T, D]; positions: int32 [B, T].
+        """
+        routed, kv[layer] = self._layers[layer](dense["layers"][layer], rope, x, positions, kv[layer])
+        return routed
+
+    def dense_layer(self, layer: int, dense: Any, rope: Any, x: Any, positions: Any, kv: KVCache) -> jax.Array:
+        """A whole layer without experts, x [B, T, D] to x. Replaces the layer's cache in `kv` (donated)."""
+        x, kv[layer] = self._layers[layer](dense["layers"][layer], rope, x, positions, kv[layer])
+        return x
 
     def kv_cache(self, batch: int, capacity: int) -> KVCache:
         """Zeroed cache of `capacity` positions per row."""
         a = self.architecture
-        shape = (batch, capacity, a.num_kv_heads, a.head_dim)
-        return [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(a.num_layers)]
+        shapes = MODULES[type(a.attention)].cache_shapes(a.attention, batch, capacity)
+        return [tuple(jnp.zeros(shape, self.dtype) for shape in shapes) for _ in a.layers]
 
     def rope(self, capacity: int) -> jax.Array:
         """Rotary table for `capacity` positions, on the device."""
         a = self.architecture
-        return jnp.asarray(rope_table(capacity, a.head_dim, a.rope_theta))
+        return jnp.asarray(rope_table(capacity, a.attention.rope_dim, a.rope))
 
 
 def device_weights(dense: Any, dtype: Any) -> dict[str, Any]:
     """Dense checkpoint arrays (a pure dict of `layers.Decoder`) on the device in the compute dtype."""
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x).astype(dtype)), dense)
+
+    def put(path, x):
+        keep = path[-1] == jax.tree_util.DictKey("correction_bias")  # float32 whatever the compute dtype: see `Router`
+        return jax.device_put(np.asarray(x).astype(np.float32 if keep else dtype))
+
+    return jax.tree_util.tree_map_with_path(put, dense)

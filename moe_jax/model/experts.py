@@ -6,20 +6,26 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.model.layers import linear
+from moe_jax.model.architecture import Activation
+from moe_jax.model.primitives import gated
+from moe_jax.model.quantized import Matrix, project
 
 Key = tuple[int, int]
-"""(layer, expert): the unit of residency."""
+"""(layer, expert): the unit of residency. Layers are counted among those that have experts."""
 
 
 class ExpertWeights(NamedTuple):
-    """One expert in the checkpoint's own dtype and `[out, in]` layout."""
+    """One expert in the checkpoint's own format and `[out, in]` layout; what a model does not have is None.
 
-    gate_up: jax.Array  # [2F, D]: gate rows, then up rows
-    down: jax.Array  # [D, F]
+    A matrix is an array or, quantised, one of the named tuples of `quantized.py`.
+    """
+
+    gate_up: Matrix  # [2F, D]: gate rows, then up rows (or interleaved, as the activation says)
+    down: Matrix  # [D, F]
+    gate_up_bias: jax.Array | None = None  # [2F]
+    down_bias: jax.Array | None = None  # [D]
 
 
 class ExpertSource(Protocol):
@@ -53,20 +59,25 @@ class ExpertSource(Protocol):
         ...
 
 
-def swiglu(x: jax.Array, weights: ExpertWeights) -> jax.Array:
-    """One SwiGLU expert (arXiv 2002.05202) on rows x [R, D], computed in x's dtype; gives [R, D]."""
-    gate, up = jnp.split(linear(x, weights.gate_up.astype(x.dtype)), 2, axis=-1)
-    return linear(jax.nn.silu(gate) * up, weights.down.astype(x.dtype))
+def run_expert(x: jax.Array, w: ExpertWeights, activation: Activation) -> jax.Array:
+    """One expert on rows x [R, D], computed in x's dtype; gives [R, D]."""
+    return project(gated(project(x, w.gate_up, w.gate_up_bias), activation), w.down, w.down_bias)
 
 
 def run_experts(
-    outputs: jax.Array, h: jax.Array, rows: jax.Array, slots: jax.Array, weights: tuple[ExpertWeights, ...]
+    activation: Activation,
+    outputs: jax.Array,
+    h: jax.Array,
+    rows: jax.Array,
+    slots: jax.Array,
+    weights: tuple[ExpertWeights, ...],
 ) -> tuple[jax.Array, jax.Array]:
     """Runs A experts, each on its own token rows; every (token, choice) pair owns one output slot.
 
     As each output has a slot of its own, experts may run in any order and grouping without changing a bit.
 
     Args:
+      activation: of every expert.
       outputs: slots of all (token, choice) pairs, [R * K, D], slot r * K + k; donated.
       h: normalised residual, [R, D].
       rows: int32 [A, b], token rows of each expert, padded with 0.
@@ -77,5 +88,5 @@ def run_experts(
       The updated slots, and a scalar that is ready exactly when this computation has completed.
     """
     for a, expert in enumerate(weights):
-        outputs = outputs.at[slots[a]].set(swiglu(h[rows[a]], expert), mode="drop")
+        outputs = outputs.at[slots[a]].set(run_expert(h[rows[a]], expert, activation), mode="drop")
     return outputs, outputs[0, 0]

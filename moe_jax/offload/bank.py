@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.model.architecture import Architecture
@@ -27,8 +26,8 @@ class Checkpoint(Protocol):
 
     architecture: Architecture
 
-    def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray]:
-        """gate_up [2F, D] and down [D, F] in the checkpoint's dtype, read once."""
+    def expert(self, layer: int, expert: int) -> ExpertWeights:
+        """numpy arrays in the checkpoint's dtype, read once; layers counted among those that have experts."""
         ...
 
 
@@ -42,12 +41,12 @@ class HostBank:
         self._device = SingleDeviceSharding(device, memory_kind="device")
         self._experts: dict[Key, ExpertWeights] = {}
         architecture = checkpoint.architecture
-        for layer in range(architecture.num_layers):
+        for layer in range(architecture.num_moe_layers):
             for expert in range(architecture.num_experts):
                 # Waiting lets go of the numpy arrays before the next are read.
-                arrays = jax.block_until_ready(jax.device_put(list(checkpoint.expert(layer, expert)), host))
-                self._experts[layer, expert] = ExpertWeights(*arrays)
-        self.expert_bytes = sum(array.nbytes for array in self._experts[0, 0])
+                arrays = jax.block_until_ready(jax.device_put(ExpertWeights(*checkpoint.expert(layer, expert)), host))
+                self._experts[layer, expert] = arrays
+        self.expert_bytes = sum(array.nbytes for array in jax.tree.leaves(self._experts[0, 0]))
         self.total_bytes = self.expert_bytes * len(self._experts)
 
     def get(self, key: Key) -> ExpertWeights:
@@ -56,4 +55,4 @@ class HostBank:
 
     def copy(self, key: Key) -> ExpertWeights:
         """Starts a real copy into new device arrays; one call for all parts halves the price of each."""
-        return ExpertWeights(*jax.device_put(list(self._experts[key]), self._device))
+        return jax.device_put(self._experts[key], self._device)

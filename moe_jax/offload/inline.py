@@ -104,4 +104,4 @@ class InlineLoader(Loader):
 
 
 def _all_ready(weights: ExpertWeights) -> bool:
-    return all(is_ready(array) for array in weights)
+    return all(is_ready(array) for array in jax.tree.leaves(weights))

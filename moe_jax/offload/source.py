@@ -62,7 +62,7 @@ def check_budget(budget_bytes: int, a: Architecture, expert_bytes: int) -> None:
     """Raises UserError naming the smallest legal budget, K experts of one layer, if this one is below it."""
     smallest = a.top_k * expert_bytes
     if budget_bytes < smallest:
-        share = 100 * a.top_k / (a.num_layers * a.num_experts)
+        share = 100 * a.top_k / (a.num_moe_layers * a.num_experts)
         raise UserError(
             f"a device budget of {budget_bytes} bytes is too small: the smallest is {a.top_k} experts,"
             f" {BUDGET_FLAG}={smallest}B ({share:.3g}% of all)"
@@ -106,7 +106,7 @@ class OffloadedExperts:
         self.bank = bank
         store = ArrayStore(budget_bytes, bank.expert_bytes, policy or LRU())
         make = ThreadLoader if (mode or issue_mode(jax.default_backend())) == "thread" else InlineLoader
-        outlook = Outlook(a.num_layers, a.num_experts, a.top_k)
+        outlook = Outlook(a.num_moe_layers, a.num_experts, a.top_k)
         self._loader: Loader = make(bank, store, outlook, link_gbps=link_gbps, delay=delay)
         self.trace = trace or Trace()
 

@@ -128,7 +128,7 @@ class ArrayStore:
         for entry in self.draining:
             if entry.idle():
                 # Frees the memory even where a caller forgot to drop its reference; using it again raises.
-                for array in entry.weights:
+                for array in jax.tree.leaves(entry.weights):
                     array.delete()
             else:
                 busy.append(entry)

@@ -21,7 +21,7 @@ from moe_jax.model.architecture import Architecture
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Sizes that a predictor depends on."""
+    """Sizes that a predictor depends on; layers without experts are not counted."""
 
     num_layers: int
     num_experts: int
@@ -40,7 +40,7 @@ class Spec:
     @classmethod
     def of(cls, a: Architecture, horizon: int) -> Spec:
         """The spec of a model of architecture `a`."""
-        return cls(a.num_layers, a.num_experts, a.top_k, a.d_model, a.norm_eps, horizon)
+        return cls(a.num_moe_layers, a.num_experts, a.top_k, a.d_model, a.norm_eps, horizon)
 
     @property
     def prior(self) -> float:
@@ -52,7 +52,7 @@ class Features(NamedTuple):
     """What layer l knows once its router has run."""
 
     layer: Any  # int32 []
-    residual: jax.Array  # [B, D], after attention is added, before the expert norm
+    residual: jax.Array  # [B, D], after attention and the shared expert are added, before the routed experts
     logits: jax.Array  # [B, E] float32 router logits
     ids: jax.Array  # [B, K] int32
     gates: jax.Array  # [B, K] float32
@@ -67,7 +67,7 @@ class ModelParts(NamedTuple):
     @classmethod
     def of(cls, dense: Any) -> ModelParts:
         """From dense weights: the pure dict of `layers.Decoder`, of any dtype, on the host or on a device."""
-        layers = [dense["layers"][layer] for layer in range(len(dense["layers"]))]
+        layers = [layer for _, layer in sorted(dense["layers"].items()) if "router" in layer]
         stack = lambda name: np.stack([np.asarray(layer[name]["weight"]).astype(np.float32) for layer in layers])
         return cls(stack("router"), stack("expert_norm"))
 

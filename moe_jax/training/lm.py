@@ -12,14 +12,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.model.architecture import Architecture
-from moe_jax.model.layers import Decoder, linear, rope_table
+from moe_jax.model.architecture import Architecture, Experts
+from moe_jax.model.layers import Decoder
+from moe_jax.model.primitives import linear
+from moe_jax.model.rope import rope_table
 
 Params = dict[str, Any]
 
 
 def init_params(a: Architecture, seed: int, std: float = 0.02) -> tuple[Any, Params]:
-    """Returns the NNX graph definition of the dense part and freshly initialised parameters (float32)."""
+    """Returns the NNX graph definition of the dense part and freshly initialised parameters (float32).
+
+    `a` is a Mixtral (`checkpoint.families.mixtral.architecture`): experts in every layer, none shared, no biases.
+    """
+    assert a.num_moe_layers == a.num_layers and a.experts == Experts(a.num_experts, a.experts.ff) and not a.shared
     out_std = std / (2 * a.num_layers) ** 0.5  # GPT-2: the residual stream keeps its scale over depth
     decoder = Decoder(a, rngs=nnx.Rngs(params=jax.random.key(seed)), std=std, out_std=out_std)
     graph, state = nnx.split(decoder)
@@ -74,7 +80,7 @@ def forward(a: Architecture, graph, params: Params, tokens: jax.Array, capacity_
     B, T = tokens.shape
     capacity = int(-(-B * T * a.top_k * capacity_factor // a.num_experts))
     x = decoder.embedding[...][tokens]
-    rope = jnp.asarray(rope_table(T, a.head_dim, a.rope_theta))[None]
+    rope = jnp.asarray(rope_table(T, a.attention.rope_dim, a.rope))[None]
     balance, router_z, dropped, load = [], [], [], []
     for layer, experts in zip(decoder.layers, params["experts"], strict=True):
         x = x + layer.attention.full(layer.attention_norm(x), rope)

@@ -16,6 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from moe_jax.checkpoint.families import mixtral
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
 from moe_jax.training import corpus, lm
@@ -52,7 +53,7 @@ class TrainConfig:
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """From a plain dictionary (a ConfigDict's `to_dict()`)."""
         values = dict(values)
-        values["architecture"] = Architecture(**values["architecture"], bos_id=0, eos_ids=(1,))
+        values["architecture"] = mixtral.architecture(**values["architecture"], bos_id=0, eos_ids=(1,))
         return cls(**values)
 
 

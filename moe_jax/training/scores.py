@@ -16,7 +16,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from moe_jax.checkpoint.hf import HFCheckpoint
-from moe_jax.model.layers import Decoder
+from moe_jax.model.layers import Decoder, parameter_counts
 from moe_jax.training import lm
 
 CONTEXT = 256
@@ -29,10 +29,8 @@ def load_params(checkpoint: HFCheckpoint) -> tuple[Any, lm.Params]:
     widen = lambda x: jnp.asarray(np.asarray(x).astype(np.float32))
     experts = []
     for layer in range(a.num_layers):
-        parts = [checkpoint.expert(layer, expert) for expert in range(a.num_experts)]
-        experts.append(
-            {name: widen(np.stack(p)) for name, p in zip(("gate_up", "down"), zip(*parts, strict=True), strict=True)}
-        )
+        stacked = jax.tree.map(lambda *x: np.stack(x), *(checkpoint.expert(layer, e) for e in range(a.num_experts)))
+        experts.append({name: widen(getattr(stacked, name)) for name in ("gate_up", "down")})
     return graph, {"dense": jax.tree.map(widen, checkpoint.dense()), "experts": experts}
 
 
@@ -86,8 +84,7 @@ def write_card(directory: Path, held_out: Path, config: dict[str, Any], manifest
     }
     (directory / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     a = checkpoint.architecture
-    total = sum(math.prod(shape) for shape in a.expert_shapes().values()) * a.num_experts * a.num_layers
-    dense = sum(x.size for x in jax.tree.leaves(checkpoint.dense()))
+    counts = parameter_counts(a)
     lines = [
         f"| {name} | {s['bits_per_byte']:.3f} | {s['xz_bits_per_byte']:.3f} | {100 * s['ratio']:.1f}% |"
         f" {s['least_used_expert']:.2f} to {s['most_used_expert']:.2f} |"
@@ -97,8 +94,8 @@ def write_card(directory: Path, held_out: Path, config: dict[str, Any], manifest
     seen = ", ".join(f"{name} {d['train']['tokens'] / 1e6:.1f}M" for name, d in manifest["domains"].items())
     (directory / "README.md").write_text(
         CARD.format(
-            total=(total + dense) / 1e6,
-            active=a.active_params() / 1e6,
+            total=counts["total"] / 1e6,
+            active=counts["active"] / 1e6,
             a=a,
             tokens=tokens / 1e6,
             seen=seen,
@@ -113,7 +110,7 @@ def write_card(directory: Path, held_out: Path, config: dict[str, Any], manifest
 CARD = """# tiny_moe: a small Mixtral that was really trained
 
 {total:.1f}M parameters ({active:.1f}M multiplied per token), {a.num_layers} layers of {a.num_experts} experts with
-{a.top_k} active, D = {a.d_model}, expert width {a.expert_ff}, {a.vocab_size}-token byte-level BPE, context
+{a.top_k} active, D = {a.d_model}, expert width {a.experts.ff}, {a.vocab_size}-token byte-level BPE, context
 {a.max_seq_len}, bfloat16. It exists so that expert prefetching can be run and studied on any machine; its text is
 fluent nonsense.
 

@@ -1,5 +1,6 @@
 """What the trainer holds, exported, is the same model in `transformers` and in HFCheckpoint."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from moe_jax.checkpoint import export
+from moe_jax.checkpoint.families import mixtral
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
@@ -16,7 +18,7 @@ from moe_jax.training import corpus, lm
 
 
 def architecture(tied: bool) -> Architecture:
-    return Architecture(
+    return mixtral.architecture(
         vocab_size=300,
         d_model=24,
         num_layers=3,
@@ -79,7 +81,7 @@ def test_reads_back_what_was_written(exported):
     jax.tree.map(np.testing.assert_array_equal, checkpoint.dense(), params["dense"])
     for layer, experts in enumerate(params["experts"]):
         for e in range(a.num_experts):
-            gate_up, down = checkpoint.expert(layer, e)
+            gate_up, down, *_ = checkpoint.expert(layer, e)
             np.testing.assert_array_equal(gate_up, experts["gate_up"][e])
             np.testing.assert_array_equal(down, experts["down"][e])
 
@@ -111,7 +113,7 @@ def test_no_tokenizer(tmp_path):
 
 
 def test_generation_settings_name_every_eos(tmp_path, data_dir):
-    a = Architecture(**{**architecture(True).__dict__, "eos_ids": (1, 2)})
+    a = dataclasses.replace(architecture(True), eos_ids=(1, 2))
     _, params = lm.init_params(a, seed=0)
     export.save(tmp_path / "model", a, params, data_dir)
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [1, 2]

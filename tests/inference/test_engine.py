@@ -1,11 +1,10 @@
 """The resident engine against the slow dense reference: prefill, decode, batches, and what ends a row."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.checkpoint.families import mixtral
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.errors import UserError
 from moe_jax.inference.engine import Engine, Record
@@ -13,14 +12,14 @@ from moe_jax.inference.grouping import arities, assign, bucket
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.model.decoder import Stages, device_weights
 from tests import reference
-from tests.tiny import TINY, write_tiny
+from tests.tiny import SIZES, TINY, write_tiny
 
 
 @pytest.fixture(scope="module", params=["tied", "wide"])
 def model(request, tmp_path_factory):
     """(directory, architecture, engine): tied embeddings and K = 2, or K = 3 with one key/value head."""
     changes = {"tied": dict(tie_embeddings=True), "wide": dict(top_k=3, num_kv_heads=1, num_layers=3)}[request.param]
-    a = dataclasses.replace(TINY, **changes)
+    a = mixtral.architecture(**{**SIZES, **changes})
     directory = write_tiny(tmp_path_factory.mktemp("model"), a)
     return directory, a, make_engine(directory)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.resident import ResidentExperts
+from moe_jax.model.architecture import Routing
 from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.source import OffloadedExperts
@@ -59,7 +60,7 @@ def models(tmp_path_factory):
     """By K. A sum of two outputs is the same in either order; only three show the order of arrival."""
     found = {}
     for top_k in (2, 3):
-        directory = write_tiny(tmp_path_factory.mktemp("model"), dataclasses.replace(TINY, top_k=top_k))
+        directory = write_tiny(tmp_path_factory.mktemp("model"), dataclasses.replace(TINY, routing=Routing(top_k)))
         predictor = tmp_path_factory.mktemp("predictor")
         write_predictor(predictor, HFCheckpoint(directory), horizon=4)
         found[top_k] = Setting(directory, str(predictor))
@@ -90,7 +91,7 @@ def test_bitwise_equal_to_the_resident_engine(models, top_k, predictor, share, l
     tiny = models[top_k]
     rng = np.random.default_rng(seed)
     rows = [rng.integers(3, TINY.vocab_size, n).tolist() for n in lengths]
-    total = tiny.a.num_layers * tiny.a.num_experts * tiny.bank.expert_bytes
+    total = tiny.a.num_moe_layers * tiny.a.num_experts * tiny.bank.expert_bytes
     budget = tiny.smallest if share == "smallest" else max(int(share * total), tiny.smallest)
     expected = run(tiny.resident, rows, 6)
     engine, source = tiny.offloaded(predictor, budget, mode, delays)

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.model.architecture import Architecture
+from moe_jax.checkpoint.families import mixtral
 from moe_jax.model.experts import ExpertWeights
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.source import OffloadedExperts
 
 L, E, K, D, F = 3, 6, 2, 4, 3
-ARCHITECTURE = Architecture(
+ARCHITECTURE = mixtral.architecture(
     vocab_size=8, d_model=D, num_layers=L, num_heads=1, num_kv_heads=1, head_dim=4, num_experts=E, top_k=K,
     expert_ff=F, max_seq_len=8,
 )  # fmt: skip
@@ -106,8 +106,9 @@ class WatchedBank:
             raise OSError("the bank is on fire")
         weights = BANK.copy(key)
         self._latest[key] = number
-        self._alive[number] = len(weights)
-        for array in weights:
+        arrays = jax.tree.leaves(weights)
+        self._alive[number] = len(arrays)
+        for array in arrays:
             weakref.finalize(array, self._died, number)
         return weights
 

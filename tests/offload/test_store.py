@@ -3,6 +3,7 @@
 from typing import Any
 
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import settings
@@ -133,8 +134,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert all(self.store.holds(key) == (key in self.phase) for key in KEYS)
         for uses, parts in self.gone:
             busy = any(not use.is_ready() for use in uses)
-            assert [part.deleted for part in parts] == 2 * [not busy]
-        assert not any(part.deleted for parts in self.parts.values() for part in parts)
+            assert [part.deleted for part in jax.tree.leaves(parts)] == 2 * [not busy]
+        assert not any(part.deleted for part in jax.tree.leaves(self.parts))
 
 
 TestStore = StoreMachine.TestCase

@@ -1,0 +1,145 @@
+"""Attention modules, one per `AttentionKind`. Each gives `full` (no cache), `cached`, and the shapes of its cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.model.architecture import Architecture, GroupedQuery, LayerKind
+from moe_jax.model.primitives import RMSNorm, linear
+from moe_jax.model.rope import apply_rope
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, sinks: jax.Array | None = None
+) -> jax.Array:
+    """Grouped-query attention.
+
+    Args:
+      q: [B, T, N, H]; k: [B, S, G, H]; v: [B, S, G, Hv].
+      mask: bool [B or 1, T, S].
+      scale: of the scores.
+      sinks: [N], a logit of each head that takes its share of the softmax and adds nothing.
+
+    Returns:
+      [B, T, N, Hv].
+    """
+    B, T, N, H = q.shape
+    G = k.shape[2]
+    q = q.reshape(B, T, G, N // G, H)
+    scores = jnp.einsum("btgmh,bsgh->bgmts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sink = sinks.astype(jnp.float32).reshape(1, G, N // G, 1, 1)
+        highest = jnp.maximum(scores.max(-1, keepdims=True), sink)
+        weights = jnp.exp(scores - highest)
+        weights = weights / (weights.sum(-1, keepdims=True) + jnp.exp(sink - highest))
+    return jnp.einsum("bgmts,bsgh->btgmh", weights.astype(v.dtype), v).reshape(B, T, N, v.shape[-1])
+
+
+def causal_attend(q: jax.Array, k: jax.Array, v: jax.Array, blocks: int = 4) -> jax.Array:
+    """Causal attention over whole sequences, q [B, T, N, H], k and v [B, T, G, H], in blocks of queries.
+
+    A block reads only the keys up to its end, and keys are repeated per query head: on a CPU this trains 2.5 times
+    faster than `attend` under a full mask (B 32, T 256, N 6), and is otherwise the same computation.
+    """
+    T, N, H = q.shape[1:]
+    blocks = blocks if T % blocks == 0 else 1
+    q = (q * H**-0.5).swapaxes(1, 2)  # [B, N, T, H]
+    k, v = (jnp.repeat(x, N // x.shape[2], axis=2).swapaxes(1, 2) for x in (k, v))
+    out, width = [], T // blocks
+    for start in range(0, T, width):
+        end = start + width
+        scores = jnp.einsum("bnth,bnsh->bnts", q[:, :, start:end], k[:, :, :end], preferred_element_type=jnp.float32)
+        mask = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
+        scores = jnp.where(mask, scores, -1e30)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        mixed = jnp.einsum("bnts,bnsh->bnth", weights.astype(v.dtype), v[:, :, :end])
+        out.append(mixed / weights.sum(-1, keepdims=True).astype(v.dtype))
+    return jnp.concatenate(out, axis=2).swapaxes(1, 2)
+
+
+def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """`new [B, T, ...]` at each row's `positions [B, T]` of `cache [B, S, ...]`; positions >= S are written nowhere."""
+    row = jnp.arange(new.shape[0])[:, None]
+    return cache.at[row, positions].set(new.astype(cache.dtype), mode="drop")
+
+
+def cache_mask(positions: jax.Array, capacity: int, window: int | None) -> jax.Array:
+    """Which cache slots each new token sees: positions int32 [B, T] to bool [B, T, S]."""
+    # Slots past a row's own position hold nothing, padding, or an earlier owner: the mask never reads them.
+    slot = jnp.arange(capacity)[None, None, :]
+    mask = slot <= positions[:, :, None]
+    return mask if window is None else mask & (slot > positions[:, :, None] - window)
+
+
+class Attention(nnx.Module):
+    """`GroupedQuery` attention; query, key and value weights are one array."""
+
+    def __init__(self, a: Architecture, kind: LayerKind, dtype, *, rngs: nnx.Rngs, std: float = 0.02):
+        spec = a.attention
+        assert isinstance(spec, GroupedQuery)
+        N, G, H = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.spec, self.window, self.interleaved = spec, kind.window, a.rope.interleaved
+        init = nnx.initializers.normal(std)
+        self.qkv = nnx.Param(init(rngs.params(), ((N + 2 * G) * H, a.d_model), dtype))
+        self.out = nnx.Param(init(rngs.params(), (a.d_model, N * H), dtype))
+        self.qkv_bias = nnx.Param(jnp.zeros((N + 2 * G) * H, dtype)) if spec.qkv_bias else None
+        self.out_bias = nnx.Param(jnp.zeros(a.d_model, dtype)) if spec.out_bias else None
+        widths = {"none": None, "head": (H, H), "full": (N * H, G * H)}[spec.qk_norm]
+        self.q_norm = RMSNorm(widths[0], a.norm_eps, dtype) if widths else None
+        self.k_norm = RMSNorm(widths[1], a.norm_eps, dtype) if widths else None
+        self.sinks = nnx.Param(jnp.zeros(N, dtype)) if spec.sinks else None
+
+    @staticmethod
+    def cache_shapes(spec: GroupedQuery, batch: int, capacity: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the cached arrays: keys and values, [B, S, G, H]."""
+        return ((batch, capacity, spec.num_kv_heads, spec.head_dim),) * 2
+
+    def project(self, x: jax.Array, rope: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D], rope [B or 1, T, 2, H / 2]: rotated q [B, T, N, H], rotated k and plain v [B, T, G, H]."""
+        s = self.spec
+        N, G, H = s.num_heads, s.num_kv_heads, s.head_dim
+        heads = linear(x, self.qkv[...], None if self.qkv_bias is None else self.qkv_bias[...])
+        heads = heads.reshape(*x.shape[:2], N + 2 * G, H)
+        q, k, v = heads[:, :, :N], heads[:, :, N : N + G], heads[:, :, N + G :]
+        if self.q_norm is not None and self.k_norm is not None:
+            # Over each head, or over all heads as one vector.
+            widen = (lambda x: x.reshape(*x.shape[:2], -1)) if s.qk_norm == "full" else lambda x: x
+            q, k = self.q_norm(widen(q)).reshape(q.shape), self.k_norm(widen(k)).reshape(k.shape)
+        if s.clip_qkv is not None:
+            q, k, v = (jnp.clip(x, -s.clip_qkv, s.clip_qkv) for x in (q, k, v))
+        return apply_rope(q, rope, self.interleaved), apply_rope(k, rope, self.interleaved), v
+
+    def output(self, heads: jax.Array) -> jax.Array:
+        """heads [B, T, N, H] to the residual stream [B, T, D]."""
+        bias = None if self.out_bias is None else self.out_bias[...]
+        return linear(heads.reshape(*heads.shape[:2], -1), self.out[...], bias)
+
+    def full(self, x: jax.Array, rope: jax.Array) -> jax.Array:
+        """Causal attention over whole sequences x [B, T, D], rope [1, T, 2, H / 2], no cache (training)."""
+        assert self.window is None and self.sinks is None, "training knows no sliding windows and no sinks"
+        return self.output(causal_attend(*self.project(x, rope)))
+
+    def cached(
+        self, x: jax.Array, positions: jax.Array, rope: jax.Array, kv: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Attention of new tokens over the cache and themselves.
+
+        Args:
+          x: normalised residual of the new tokens, [B, T, D].
+          positions: their absolute positions, int32 [B, T]; a position >= S is written nowhere (padding).
+          rope: `rope_table` for at least S positions, [>= S, 2, H / 2].
+          kv: key and value cache, each [B, S, G, H]. Slot s holds position s of its row.
+
+        Returns:
+          Output [B, T, D] and the updated cache.
+        """
+        q, k, v = self.project(x, rope[positions])
+        keys, values = write_cache(kv[0], k, positions), write_cache(kv[1], v, positions)
+        mask = cache_mask(positions, keys.shape[1], self.window)
+        sinks = None if self.sinks is None else self.sinks[...]
+        return self.output(attend(q, keys, values, mask, q.shape[-1] ** -0.5, sinks)), (keys, values)

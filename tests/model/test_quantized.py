@@ -1,0 +1,75 @@
+"""Products with matrices in few bits, against the plain product with the matrix they stand for."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moe_jax.model.quantized import GROUP, Int4, Int8, Mxfp4, project
+
+rng = np.random.default_rng(0)
+
+
+def int8(out: int, inputs: int) -> tuple[Int8, np.ndarray]:
+    values = rng.integers(-127, 128, (out, inputs), np.int8)
+    scale = rng.uniform(0.5, 2, out).astype(np.float32)
+    return Int8(jnp.asarray(values), jnp.asarray(scale)), values * scale[:, None]
+
+
+def int4(out: int, inputs: int) -> tuple[Int4, np.ndarray]:
+    """Filled up with whatever comes: the padding must not reach the result."""
+    groups = -(-inputs // GROUP)
+    nibbles = rng.integers(0, 16, (out, groups, 2, GROUP // 2), np.uint8)
+    scale = rng.uniform(0.5, 2, (out, groups)).astype(ml_dtypes.bfloat16)
+    packed = nibbles[:, :, 0] | nibbles[:, :, 1] << 4
+    plain = (nibbles.reshape(out, groups, GROUP).astype(np.float32) - 8) * scale[:, :, None].astype(np.float32)
+    return Int4(jnp.asarray(packed.reshape(out, -1)), jnp.asarray(scale)), plain.reshape(out, -1)[:, :inputs]
+
+
+def mxfp4(out: int, inputs: int) -> tuple[Mxfp4, np.ndarray]:
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    nibbles = rng.integers(0, 16, (out, inputs // 32, 16, 2), np.uint8)
+    scales = rng.integers(125, 130, (out, inputs // 32), np.uint8)
+    packed = nibbles[..., 0] | nibbles[..., 1] << 4
+    plain = values[nibbles].reshape(out, -1, 32) * np.exp2(scales.astype(np.float32) - 127)[:, :, None]
+    return Mxfp4(jnp.asarray(packed), jnp.asarray(scales)), plain.reshape(out, -1)
+
+
+@pytest.mark.parametrize("make", [int8, int4])
+@pytest.mark.parametrize("inputs", [32, 64, 72, 7, 96])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("biased", [False, True])
+def test_is_the_product_with_the_plain_matrix(make, inputs, rows, biased):
+    weight, plain = make(10, inputs)
+    x = rng.normal(size=(rows, inputs)).astype(np.float32)
+    bias = rng.normal(size=10).astype(np.float32) if biased else None
+    want = x @ plain.T + (0 if bias is None else bias)
+    got = jax.jit(project)(x, weight, bias)
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("inputs", [32, 96])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_is_the_product_with_the_plain_matrix_in_mxfp4(inputs, rows):
+    weight, plain = mxfp4(10, inputs)
+    x, bias = rng.normal(size=(rows, inputs)).astype(np.float32), rng.normal(size=10).astype(np.float32)
+    want = x @ plain.T + bias
+    np.testing.assert_allclose(jax.jit(project)(x, weight, bias), want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("make", [int8, int4, mxfp4])
+def test_computes_in_the_dtype_of_the_input(make):
+    weight, plain = make(6, 64)
+    x = jnp.asarray(rng.normal(size=(2, 64)), jnp.bfloat16)
+    got = project(x, weight)
+    assert got.dtype == jnp.bfloat16
+    want = np.asarray(x, np.float32) @ plain.T
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.03 * np.abs(want).max())
+
+
+def test_plain_arrays_are_cast():
+    weight, x = jnp.ones((3, 4), jnp.bfloat16), jnp.ones((2, 4), jnp.float32)
+    got = project(x, weight, jnp.ones(3, jnp.bfloat16))
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, np.full((2, 3), 5.0))

@@ -192,9 +192,7 @@ class Engine:
         """One step: tokens int32 [B] enter at each row's position; returns float32 logits [B, V]. Updates `state`."""
         stages = self.stages
         # A row that has ended writes past its cache, that is nowhere.
-        positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[
-            :, None
-        ]  # inactive: no write
+        positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None]
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
         for index, layer in self.numbered:

@@ -31,7 +31,7 @@ SYSTEM = flags.DEFINE_string("system", "", "System message, with --chat.")
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write outputs and metrics to this file.")
 TRACE = flags.DEFINE_string("trace", None, "Write everything that happened, as JSON lines, to this file.")
 
-DEFAULT_PROMPTS = ["And it came to pass in those days, that ", "def read_file(path, encoding="]
+DEFAULT_PROMPTS = ["And the LORD said unto", "def read_file(path):\n"]
 
 
 def main() -> None:

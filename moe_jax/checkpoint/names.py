@@ -141,8 +141,8 @@ def fused_experts(a: Architecture, prefix: str = "mlp.experts") -> Callable[[int
     return expert
 
 
-def expert_weights(parts: Mapping[str, Any]) -> ExpertWeights:
-    """What stands for each part of `Names.expert`, put together."""
+def expert_weights(parts: Mapping[str, Any], matrix: Any = Mxfp4) -> ExpertWeights:
+    """What stands for each part ("down", or "down.scales" of a quantised matrix, of type `matrix`), put together."""
     fields: dict[str, Any] = {}
     for part, value in parts.items():
         field, _, inner = part.partition(".")
@@ -150,7 +150,7 @@ def expert_weights(parts: Mapping[str, Any]) -> ExpertWeights:
             fields.setdefault(field, {})[inner] = value
         else:
             fields[field] = value
-    return ExpertWeights(**{name: Mxfp4(**x) if isinstance(x, dict) else x for name, x in fields.items()})
+    return ExpertWeights(**{name: matrix(**x) if isinstance(x, dict) else x for name, x in fields.items()})
 
 
 def standard_layouts(a: Architecture) -> tuple[Names, ...]:

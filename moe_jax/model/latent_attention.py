@@ -27,11 +27,11 @@ class LatentAttention(nnx.Module):
         self.spec, self.window, self.interleaved = s, kind.window, a.rope.interleaved
         weight = lambda *shape: nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, dtype))
         bias = lambda width: nnx.Param(jnp.zeros(width, dtype)) if s.bias else None
-        queries, low = s.num_heads * (s.nope_dim + s.rope_dim), s.q_rank is not None
-        self.q_down = weight(s.q_rank, a.d_model) if low else None
-        self.q_down_bias = bias(s.q_rank) if low else None
-        self.q_norm = RMSNorm(s.q_rank, s.norm_eps, dtype) if low else None
-        self.q_up = weight(queries, s.q_rank if low else a.d_model)
+        rank = s.q_rank
+        self.q_down = None if rank is None else weight(rank, a.d_model)
+        self.q_down_bias = None if rank is None else bias(rank)
+        self.q_norm = None if rank is None else RMSNorm(rank, s.norm_eps, dtype)
+        self.q_up = weight(s.num_heads * (s.nope_dim + s.rope_dim), rank or a.d_model)
         self.kv_down = weight(s.kv_rank + s.rope_dim, a.d_model)
         self.kv_down_bias = bias(s.kv_rank + s.rope_dim)
         self.kv_norm = RMSNorm(s.kv_rank, s.norm_eps, dtype)

@@ -44,7 +44,10 @@ class Mxfp4(NamedTuple):
     scales: jax.Array  # uint8 [out, in / 32]
 
 
-Matrix = jax.Array | Int8 | Int4 | Mxfp4
+Matrix = Any
+"""A `jax.Array` (or numpy's), or one of the above; not their union, which whoever knows better would have to narrow."""
+MATRICES = {"int8": Int8, "int4": Int4, "mxfp4": Mxfp4}
+"""By the names that they have in files."""
 
 
 def project(x: jax.Array, weight: Matrix, bias: jax.Array | None = None) -> jax.Array:

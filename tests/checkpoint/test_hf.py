@@ -253,7 +253,7 @@ def test_no_directory(tmp_path):
         (None, "has no config.json"),
         ("{", "not valid JSON"),
         ("[]", "JSON object"),
-        ('{"model_type": "llama"}', "supported: 'deepseek_v2'"),
+        ('{"model_type": "llama"}', "'mixtral'"),
         ('{"model_type": "mixtral"}', "has no field"),
     ],
 )

@@ -21,6 +21,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.checkpoint.hf import HFCheckpoint
+from moe_jax.inference import bounds
 from moe_jax.inference.engine import Engine, Record
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import Stages, device_weights
@@ -30,6 +31,7 @@ from moe_jax.model.primitives import linear
 from moe_jax.model.rope import rope_table
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.source import OffloadedExperts
+from moe_jax.prediction import predictors
 
 NEW_TOKENS = 32
 PROMPTS = (37, 9, 1)  # tokens; with the new ones longer than every window and original length of the tables
@@ -204,7 +206,9 @@ def same_model(case: Case) -> None:
 
     stages, bank = Stages(a, jnp.float32), HostBank(s.checkpoint)
     source = OffloadedExperts(bank, a, max(a.top_k, bank_share(a)) * bank.expert_bytes)
-    engine = Engine(stages, device_weights(s.dense, jnp.float32), source, prefill_chunk=32)
+    dense = device_weights(s.dense, jnp.float32)
+    predictor = predictors.load("router", min(2, a.num_moe_layers), "", a, dense)
+    engine = Engine(stages, dense, source, predictor, prefill_chunk=32)
     prefilled: list[list[Any]] = [[] for _ in range(a.num_moe_layers)]
     engine.record = Record()
     logits, state = engine.prefill(s.prompts, NEW_TOKENS, lambda layer, _c, routed: prefilled[layer].append(routed))
@@ -212,6 +216,7 @@ def same_model(case: Case) -> None:
     for _ in range(NEW_TOKENS):
         steps.append(np.asarray(engine.decode(steps[-1].argmax(-1).astype(np.int32), state)))
     source.close()
+    assert bounds.replay(engine, engine.record, lambda layer, e: bank.copy((layer, e)), state.capacity, steps=1) > 0
     joined = lambda field: np.stack(
         [
             np.concatenate([np.asarray(getattr(r, field)).reshape(B, -1, a.top_k) for r in rs], axis=1)

@@ -50,12 +50,12 @@ def config(**changes):
         swiglu_limit=1.5,
         rope_parameters={
             "rope_type": "yarn",
-            "rope_theta": 100.0,
+            "rope_theta": 20.0,
             "factor": 8.0,
             "beta_fast": 4.0,
             "beta_slow": 1.0,
             "truncate": False,
-            "original_max_position_embeddings": 16,
+            "original_max_position_embeddings": 32,
         },
     )
     return transformers.GptOssConfig(**{**sizes, **changes})

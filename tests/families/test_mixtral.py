@@ -52,8 +52,8 @@ CASES = [
             rope_parameters={
                 "rope_type": "yarn",
                 "rope_theta": 100.0,
-                "factor": 8.0,
-                "original_max_position_embeddings": 16,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
                 "beta_fast": 4.0,
             },
         ),

@@ -42,8 +42,8 @@ CASES = [
             attention_bias=True,
             num_attention_heads=6,
             num_key_value_heads=2,
-            num_experts=5,
-            num_experts_per_tok=3,
+            num_experts=7,
+            num_experts_per_tok=6,
             tie_word_embeddings=True,
         ),
         {

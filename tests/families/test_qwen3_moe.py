@@ -1,7 +1,13 @@
 """Qwen3-MoE: see `tests/families/parity.py`."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from moe_jax.inference.engine import Engine
+from moe_jax.inference.resident import ResidentExperts
+from moe_jax.model.decoder import Stages, device_weights
 from tests.families import parity
 from tests.families.parity import Case, no_windows, without
 
@@ -102,3 +108,23 @@ def test_same_model(case):
 @pytest.mark.parametrize("case, feature", parity.features(CASES))
 def test_feature_counts(case, feature):
     parity.feature_counts(case, feature)
+
+
+def test_compile_covers_every_kind_of_layer(caplog):
+    s = parity.subject(CASES[1])
+    engine = Engine(
+        Stages(s.architecture, jnp.float32), device_weights(s.dense, jnp.float32), ResidentExperts(s.checkpoint)
+    )
+
+    def compiled() -> set[str]:
+        text = " ".join(record.getMessage() for record in caplog.records)
+        caplog.clear()
+        return {name for name in ("embed", "dense_layer", "route", "run_experts", "combine", "head") if name in text}
+
+    with jax.log_compiles():
+        engine.compile([5], 3, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), s.checkpoint.expert_spec))
+        assert len(compiled()) == 6
+        logits, state = engine.prefill([s.prompts[0][:5]], 3)
+        for _ in range(3):
+            logits = engine.decode(logits.argmax(-1).astype(np.int32), state)
+        assert not compiled()

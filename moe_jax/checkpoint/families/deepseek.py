@@ -55,7 +55,7 @@ def _read_v3(config: Mapping[str, Any]) -> Architecture:
     return a
 
 
-def _groups(c: ConfigReader) -> dict[str, int]:
+def _groups(c: ConfigReader) -> dict[str, Any]:
     return {"num_groups": c.size("n_group", 1), "groups_kept": c.size("topk_group", 1)}
 
 

@@ -48,7 +48,9 @@ def main() -> None:
     from moe_jax.inference.session import Model
 
     config = Config.from_dict(CONFIG.value.to_dict())
-    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value)
+    # Small models repeat themselves under greedy decoding; what we show unasked is sampled.
+    temperature = TEMPERATURE.value if chosen or TEMPERATURE.present else 0.6
+    sampling = Sampling(temperature, TOP_K.value, TOP_P.value, SEED.value)
     if config.offload.tier == "none" and (TRACE.value or REPORT.value):
         raise UserError("--trace and --report tell of transfers and need --config.offload.tier=host")
     with cli.status("loading the model"):
@@ -110,7 +112,7 @@ def describe(model, chosen: bool) -> None:
     for note in model.notes:
         print(note)
     if not chosen:
-        print("No prompt given (--prompt, --prompt_file or standard input): two of our own")
+        print("No prompt given (--prompt, --prompt_file or standard input): two of our own, at temperature 0.6")
 
 
 def stream(generation) -> bool:

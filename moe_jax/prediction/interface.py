@@ -123,5 +123,5 @@ def last_ids(ids: np.ndarray) -> np.ndarray:
     real = ids[0, :, :, 0] >= 0  # [B, T]
     last = real.shape[1] - 1 - np.flip(real, axis=1).argmax(axis=1)
     chosen = np.asarray(ids)[:, np.arange(len(last)), last]  # [L, B, K]
-    found: np.ndarray = real.any(axis=1)
+    found = np.asarray(real.any(axis=1))
     return np.where(found[:, None, None], chosen.swapaxes(0, 1), -1).astype(np.int32)

@@ -83,6 +83,7 @@ def forward(a: Architecture, graph, params: Params, tokens: jax.Array, capacity_
     rope = jnp.asarray(rope_table(T, a.attention.rope_dim, a.rope))[None]
     balance, router_z, dropped, load = [], [], [], []
     for layer, experts in zip(decoder.layers, params["experts"], strict=True):
+        assert layer.router is not None
         x = x + layer.attention.full(layer.attention_norm(x), rope)
         h = layer.expert_norm(x).reshape(B * T, -1)
         logits = layer.router.logits(h)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_jax.checkpoint.families import mixtral
 from moe_jax.errors import UserError
-from moe_jax.model.architecture import Architecture
 from moe_jax.prediction import predictors, saved
 from moe_jax.prediction.interface import Features, ModelParts, Spec, fingerprint, last_ids, multi_hot
 from tests.prediction.synthetic import SPEC, activations, parts
@@ -138,7 +138,7 @@ def test_the_fingerprint_ignores_dtype_and_horizon_only():
     assert same != fingerprint(dataclasses.replace(SPEC, top_k=1), model)
 
 
-ARCHITECTURE = Architecture(
+ARCHITECTURE = mixtral.architecture(
     vocab_size=8,
     d_model=SPEC.d_model,
     num_layers=SPEC.num_layers,

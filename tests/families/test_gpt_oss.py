@@ -13,10 +13,13 @@ import pytest
 
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.errors import UserError
+from moe_jax.inference.engine import Engine
 from moe_jax.inference.resident import ResidentExperts
+from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.model.quantized import Mxfp4, mxfp4_values
 from moe_jax.model.rope import Yarn
 from moe_jax.offload.bank import HostBank
+from moe_jax.offload.source import OffloadedExperts
 from tests.families import parity
 from tests.families.parity import Case, no_windows, without
 
@@ -179,6 +182,24 @@ def test_same_model(case):
 @pytest.mark.parametrize("case, feature", parity.features(CASES))
 def test_feature_counts(case, feature):
     parity.feature_counts(case, feature)
+
+
+@pytest.mark.parametrize("case", [CASES[0], QUANTIZED_CASES[0]], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_smallest_budget_changes_no_bit(case, dtype):
+    s = parity.subject(case)
+    a, stages, dense = s.architecture, Stages(s.architecture, jnp.dtype(dtype)), device_weights(s.dense, dtype)
+    bank, runs = HostBank(s.checkpoint), []
+    for source in (ResidentExperts(s.checkpoint), OffloadedExperts(bank, a, a.top_k * bank.expert_bytes)):
+        engine = Engine(stages, dense, source, prefill_chunk=32)
+        logits, state = engine.prefill(s.prompts, 8)
+        steps = [np.asarray(logits)]
+        for _ in range(8):
+            steps.append(np.asarray(engine.decode(steps[-1].argmax(-1).astype(np.int32), state)))
+        source.close()
+        runs.append(np.stack(steps))
+    assert source.trace.peak_bytes <= a.top_k * bank.expert_bytes
+    np.testing.assert_array_equal(*runs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -31,13 +31,14 @@ CHAT = flags.DEFINE_bool("chat", False, "Treat prompts as user messages, with th
 SYSTEM = flags.DEFINE_string("system", "", "System message, with --chat.")
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write outputs and metrics to this file.")
 TRACE = flags.DEFINE_string("trace", None, "Write everything that happened, as JSON lines, to this file.")
+REPORT = flags.DEFINE_string("report", None, "Write a report by layer, in Markdown, to this file.")
 
-DEFAULT_PROMPTS = ["And it came to pass in those days, that ", "def read_file(path, encoding="]
+DEFAULT_PROMPTS = ["And the LORD said unto", "def read_file(path):\n"]
 
 
 def main() -> None:
     prompts, chosen = read_prompts()
-    for flag in (OUTPUT_JSON, TRACE):
+    for flag in (OUTPUT_JSON, TRACE, REPORT):
         if flag.value and not Path(flag.value).absolute().parent.is_dir():
             raise UserError(f"--{flag.name}={flag.value}: its folder does not exist")
     if SYSTEM.value and not CHAT.value:
@@ -49,9 +50,11 @@ def main() -> None:
     from moe_jax.inference.session import Model
 
     config = Config.from_dict(CONFIG.value.to_dict())
-    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value)
-    if config.offload.tier == "none" and TRACE.value:
-        raise UserError("--trace records transfers and needs --config.offload.tier=host")
+    # Small models repeat themselves under greedy decoding; what we show unasked is sampled.
+    temperature = TEMPERATURE.value if chosen or TEMPERATURE.present else 0.6
+    sampling = Sampling(temperature, TOP_K.value, TOP_P.value, SEED.value)
+    if config.offload.tier == "none" and (TRACE.value or REPORT.value):
+        raise UserError("--trace and --report tell of transfers and need --config.offload.tier=host")
     with cli.status("loading the model"):
         model = Model(config)
     if config.checkpoint and not isinstance(model.checkpoint, Converted):
@@ -70,6 +73,11 @@ def main() -> None:
         Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
     if TRACE.value:
         model.engine.source.trace.save(TRACE.value)  # pyright: ignore[reportAttributeAccessIssue]
+    if REPORT.value:
+        from moe_jax.analysis import report
+
+        trace = model.engine.source.trace  # pyright: ignore[reportAttributeAccessIssue]
+        Path(REPORT.value).write_text(report.markdown(trace))
     model.close()
     if interrupted:
         sys.exit(130)
@@ -109,7 +117,7 @@ def describe(model, chosen: bool) -> None:
     for note in model.notes:
         print(note)
     if not chosen:
-        print("No prompt given (--prompt, --prompt_file or standard input): two of our own")
+        print("No prompt given (--prompt, --prompt_file or standard input): two of our own, at temperature 0.6")
 
 
 def stream(generation) -> bool:

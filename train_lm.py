@@ -24,7 +24,7 @@ def main() -> None:
     from moe_jax.training import loop
 
     logging.set_verbosity(logging.INFO)
-    std_logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    std_logging.getLogger("absl").addFilter(lambda record: "moe_jax" in record.pathname)  # not JAX's, not orbax's
     values = CONFIG.value.to_dict()
     config = loop.TrainConfig.from_dict(values)
     params = loop.train(config)

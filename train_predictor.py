@@ -41,6 +41,11 @@ def main() -> None:
     from moe_jax.prediction.activation_log import ActivationLog
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
 
+    settings = fit.FitConfig(**c["fit"], seed=c["seed"])
+    if c["max_tokens"] < 1:
+        raise UserError(f"config.max_tokens must be at least 1, not {c['max_tokens']}")
+    if not 0 < c["validation_share"] < 1:
+        raise UserError(f"config.validation_share must be between 0 and 1, not {c['validation_share']}")
     offload = {"tier": c["tier"], "device_budget": c["device_budget"]}
     chunk = LOG_BATCH * c["window"]  # a batch of windows is one prefill chunk
     values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk}
@@ -49,7 +54,7 @@ def main() -> None:
     spec, parts = Spec.of(a, c["horizon"]), ModelParts.of(model.engine.dense)
     identity, output = fingerprint(spec, parts), Path(c["output"])
     if not 2 <= c["window"] < a.max_seq_len:
-        raise UserError(f"--config.window={c['window']} must be from 2 to {a.max_seq_len - 1} for this model")
+        raise UserError(f"config.window={c['window']} must be from 2 to {a.max_seq_len - 1} for this model")
 
     tests = TEST_TEXT.value or sorted(map(str, shipped("held_out").glob("held_out_*.txt")))
     if not tests:
@@ -64,7 +69,6 @@ def main() -> None:
         log_activations(model.engine, logs[name], f"logging {name} text, {plan.lengths.sum():,} tokens")
     logged_s = time.time() - started
 
-    settings = fit.FitConfig(**c["fit"], seed=c["seed"])
     validation = texts.validation_windows(train_plan, c["validation_share"], c["seed"])
     with report.progress("fitting", settings.steps) as advance:
         params, best = fit.fit(settings, spec, parts, logs["train"], validation, output / "fit", advance)

@@ -29,8 +29,8 @@ def get_config() -> ConfigDict:
     """As `configs/mixtral.py`, for a model that does not ship with the repository."""
     c = mixtral.get_config()
     c.checkpoint = "Qwen1.5-MoE-A2.7B"  # a directory
-    c.offload.device_budget = "auto"
-    c.prefetch.predictor = "router"  # until a predictor has been trained for it: train_predictor.py
-    c.prefetch.horizon = 4
+    c.update(offload=dict(device_budget="auto"))
+    # until a predictor has been trained for it: train_predictor.py
+    c.update(prefetch=dict(predictor="router", horizon=4))
     c.dtype = "bfloat16"
     return c

@@ -45,6 +45,8 @@ def get_config() -> ConfigDict:
     c.weight_decay = 0.02
     c.capacity_factor = 1.25
     c.balance_loss = 0.02
+    c.final_balance_loss = 0.15  # while the rate goes to zero, every expert gets its share in every domain
+    c.final_balance_steps = 200
     c.router_z_loss = 1e-3
     c.z_loss = 1e-4
     c.checkpoint_every = 200

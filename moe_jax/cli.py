@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from moe_jax.errors import UserError
 
@@ -26,6 +26,7 @@ def run(main: Callable[[], None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
+        logging.set_verbosity(logging.WARNING)  # JAX and orbax say much at INFO
         try:
             _use_compilation_cache()
             main()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from moe_jax.model.architecture import Architecture
+from moe_jax.model.architecture import Architecture, GroupedQuery
 
 
 def read(directory: Path) -> dict[str, np.ndarray]:
@@ -23,6 +23,7 @@ def forward(a: Architecture, w: dict[str, np.ndarray], tokens: list[int]) -> tup
     """Logits [T, V] after each token, and the chosen experts [L, T, K]."""
     norm = lambda x, weight: weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + a.norm_eps)
     silu = lambda x: x / (1 + np.exp(-x))
+    assert isinstance(a.attention, GroupedQuery)
     softmax = lambda x: (
         np.exp(x - x.max(-1, keepdims=True)) / np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)
     )

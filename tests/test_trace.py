@@ -25,7 +25,7 @@ def example():
     trace.begin_token(1)
     trace.step(0, [1, 3], ["cached", "missed"])
     trace.stall(0.25)
-    trace.step(1, [2, 0], ["cached", "cached"])
+    trace.step(1, [2, 0], ["cached", "late"])
     trace.loads += [
         Load(1, 2, "speculative", 10, 0, 2.0, 3.0, True),
         Load(1, 3, "speculative", 10, 0, 3.0, 4.0, True),
@@ -39,9 +39,9 @@ def example():
 def test_summary_of_decoding():
     assert example().summary() == {
         "tokens": 2,
-        "needed": {"cached": 5 / 8, "prefetched": 1 / 8, "late": 1 / 8, "missed": 1 / 8},
-        "hit_rate": 6 / 8,
-        "ready_recall": 1 / 3,
+        "needed": {"cached": 4 / 8, "prefetched": 1 / 8, "late": 2 / 8, "missed": 1 / 8},
+        "hit_rate": 5 / 8,
+        "ready_recall": 1 / 4,
         "bytes_per_token": {"demand": 5.0, "speculative_used": 10.0, "speculative_wasted": 10.0},
         "stall_s_per_token": 0.5,
         "peak_device_cache_bytes": 70,

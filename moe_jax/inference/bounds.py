@@ -76,7 +76,8 @@ def lru_loads(record: Record, num_layers: int, experts_in_budget: int) -> int:
 
     for layer, needed in enumerate(record.prefill_needed):
         use(layer % num_layers, needed)
-    return sum(use(i % num_layers, needed) for i, needed in enumerate(record.needed))
+    complete = record.needed[: len(record.active) * num_layers]
+    return sum(use(i % num_layers, needed) for i, needed in enumerate(complete))
 
 
 def predictor_seconds(engine: Engine, state_batch: int, repeats: int = 20) -> float | None:

@@ -46,7 +46,10 @@ class DecodeState:
 
 @dataclasses.dataclass
 class Record:
-    """Routing of a run, as the decode loop saw it; decode lists have one entry per step and layer that has experts."""
+    """Routing of a run, as the decode loop saw it; decode lists have one entry per step and expert layer.
+
+    When a step was interrupted its layers stand at the end of the lists, beyond the `len(active)` complete steps.
+    """
 
     prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per layer
     needed: list[list[int]] = dataclasses.field(default_factory=list)
@@ -189,14 +192,9 @@ class Engine:
         """One step: tokens int32 [B] enter at each row's position; returns float32 logits [B, V]. Updates `state`."""
         stages = self.stages
         # A row that has ended writes past its cache, that is nowhere.
-        positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[
-            :, None
-        ]  # inactive: no write
+        positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None]
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
-        if self.record:
-            self.record.active.append(state.active)
-            self.record.lengths.append(state.lengths)
         for index, layer in self.numbered:
             if layer is None:
                 x = stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
@@ -211,6 +209,9 @@ class Engine:
                 self.source.offer(layer, probabilities)
                 if self.record:
                     self.record.predicted.append(probabilities[0])
+        if self.record:  # only now: an interrupted step is not one
+            self.record.active.append(state.active)
+            self.record.lengths.append(state.lengths)
         state.lengths = state.lengths + state.active
         state.step += 1
         return stages.head(self.dense, x, np.zeros(x.shape[0], np.int32))

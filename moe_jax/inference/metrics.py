@@ -68,7 +68,7 @@ def _compute_and_transfer(engine: Engine, generation: Generation, link_gbps: flo
     """C and T, seconds per decode step."""
     source: Any = engine.source
     record, layers = generation.record, engine.architecture.num_moe_layers
-    resident = [entry.weights for entry in source.store.resident.values()]
+    resident = source.resident()
     # Which weights does not matter to the time; those of the store are spread over the experts that ran.
     pick = lambda layer, expert: resident[(layer * engine.architecture.num_experts + expert) % len(resident)]
     compute = bounds.replay(engine, record, pick, generation.capacity)

@@ -136,6 +136,26 @@ class Loader:
         with self._lock:
             self.store.unpin_all()
 
+    def make_room(self, count: int) -> None:
+        """Evicts experts until `count` more would fit; for between tokens, when nothing computes.
+
+        Drops what an interrupted step left pinned, demanded or still to be taken: it would never leave.
+        """
+        while True:
+            with self._lock:
+                self.store.unpin_all()
+                self._pending.clear()
+                self._demand.clear()
+                self._outlook.clear()  # nothing speculated may take the room
+                self._poll()
+                self.store.settle()
+                if (self.store.capacity - count) * self.store.expert_bytes >= self.store.used_bytes:
+                    return
+                if candidates := self._evictable(True):
+                    self._evict(self.store.victim(candidates))
+                    continue
+            time.sleep(1e-4)  # a last copy is in flight
+
     def close(self) -> None:
         """Stops, and drops every expert. May be called again."""
         with self._lock:
@@ -226,6 +246,7 @@ class Loader:
         self._outlook.hold(key, False)
         if key in self._pending:
             self._demand[key] = None
+            self._starved = True
 
     def _start(self, key: Key, cause: Cause) -> Load:
         """Books a copy; the caller issues it."""

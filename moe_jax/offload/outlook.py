@@ -19,7 +19,6 @@ class Outlook:
         self.prior = top_k / num_experts
         self._value = np.full((num_layers, num_experts), self.prior, np.float32)
         self._held = np.zeros((num_layers, num_experts), bool)
-        self._live = np.zeros(num_layers, bool)
         # Row l: the layers in the order in which they come after l, and how many layers ahead each is.
         steps = np.arange(1, num_layers + 1)
         self._ahead = (np.arange(num_layers)[:, None] + steps) % num_layers
@@ -29,12 +28,14 @@ class Outlook:
         """Predictions [H, E] for the layers after `layer`, wrapping; they replace earlier ones for these layers."""
         targets = self._ahead[layer, : len(probabilities)]
         self._value[targets] = probabilities[: len(targets)]
-        self._live[targets] = True
 
     def passed(self, layer: int) -> None:
         """`layer` has stated its needs: what was predicted for it is dropped."""
         self._value[layer] = self.prior
-        self._live[layer] = False
+
+    def clear(self) -> None:
+        """Drops every prediction."""
+        self._value[:] = self.prior
 
     def hold(self, key: Key, held: bool) -> None:
         """Whether `key` is on the device or on its way."""
@@ -57,10 +58,8 @@ class Outlook:
           out to be needed takes somebody's place anyway, sooner or later.
         """
         order = self._ahead[layer]
-        if not self._live.any():
-            return None
         value = self._value[order]
-        value[self._held[order] | ~self._live[order][:, None] | (value <= self.prior)] = 0.0
+        value[self._held[order] | (value <= self.prior)] = 0.0
         if layers_per_copy > 0:
             value *= np.minimum(1.0, self._distance / layers_per_copy)[:, None]
         row, expert = divmod(int(value.argmax()), value.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -57,10 +58,22 @@ def parse_budget(text: str, total_bytes: int, auto_bytes: int | None = None, fla
     raise UserError(f'{flag}={text!r} is no budget; give bytes ("512MiB", "6GiB"), a share ("25%") or "auto"')
 
 
+def check_budget(budget_bytes: int, a: Architecture, expert_bytes: int) -> None:
+    """Raises UserError naming the smallest legal budget, K experts of one layer, if this one is below it."""
+    smallest = a.top_k * expert_bytes
+    if budget_bytes < smallest:
+        share = 100 * a.top_k / (a.num_moe_layers * a.num_experts)
+        raise UserError(
+            f"a device budget of {budget_bytes} bytes is too small: the smallest is {a.top_k} experts,"
+            f" {BUDGET_FLAG}={smallest}B ({share:.3g}% of all)"
+        )
+
+
 class OffloadedExperts:
     """An `ExpertSource` over a bank, a store under a byte budget and a loader. For one decode thread.
 
     Attributes:
+      bank: where the experts are.
       trace: what happened; replace it to start a new record (between tokens).
     """
 
@@ -89,13 +102,8 @@ class OffloadedExperts:
           UserError: the budget is below K experts.
         """
         a = architecture
-        smallest = a.top_k * bank.expert_bytes
-        if budget_bytes < smallest:
-            share = 100 * a.top_k / (a.num_moe_layers * a.num_experts)
-            raise UserError(
-                f"a device budget of {budget_bytes} bytes is too small: the smallest is {a.top_k} experts,"
-                f" {BUDGET_FLAG}={smallest}B ({share:.3g}% of all)"
-            )
+        check_budget(budget_bytes, a, bank.expert_bytes)
+        self.bank = bank
         store = ArrayStore(budget_bytes, bank.expert_bytes, policy or LRU())
         make = ThreadLoader if (mode or issue_mode(jax.default_backend())) == "thread" else InlineLoader
         outlook = Outlook(a.num_moe_layers, a.num_experts, a.top_k)
@@ -158,6 +166,27 @@ class OffloadedExperts:
         """Predicted P(needed), float32 [horizon, E], for layers `layer + 1, ...`, wrapping into the next token."""
         self._loader.trace.predict(probabilities)
         self._loader.offer(layer, probabilities)
+
+    def resident(self) -> list[ExpertWeights]:
+        """The experts on the device. Speculation stops until the next prediction, so that they stay."""
+        self._loader.make_room(0)
+        return [entry.weights for entry in self.store.resident.values()]
+
+    def link_bytes_per_s(self, repeats: int = 5) -> float:
+        """What the link alone gives: experts copied one or two at a time with nothing else running, the better of both.
+
+        Experts leave the store to make room for these copies, so that the budget holds; they are dropped afterwards.
+        """
+        best = 0.0
+        keys = list(self._loader.store.resident) or [(0, 0)]
+        for depth in range(1, min(2, self.store.capacity) + 1):
+            self._loader.make_room(depth)
+            for turn in range(repeats):
+                chosen = [keys[(turn * depth + i) % len(keys)] for i in range(depth)]
+                began = time.perf_counter()
+                jax.block_until_ready([self.bank.copy(key) for key in chosen])
+                best = max(best, depth * self.bank.expert_bytes / (time.perf_counter() - began))
+        return best
 
     def close(self) -> None:
         """Stops background work and drops the experts. May be called again."""

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,12 +28,12 @@ _NAMES = ("residual", "logits", "ids")
 
 
 class Activations(NamedTuple):
-    """Logged arrays of some windows."""
+    """Logged arrays of some windows, numpy or traced."""
 
-    residual: np.ndarray  # float16 [W, L, T, D]
-    logits: np.ndarray  # float16 [W, L, T, E]
-    ids: np.ndarray  # uint16 [W, L, T, K]: the router's own choice, which rounded logits might not give
-    lengths: np.ndarray  # int32 [W]
+    residual: Any  # float16 [W, L, T, D]
+    logits: Any  # float16 [W, L, T, E]
+    ids: Any  # uint16 [W, L, T, K]: the router's own choice, which rounded logits might not give
+    lengths: Any  # int32 [W]
 
 
 def half(x: np.ndarray) -> np.ndarray:
@@ -121,8 +121,8 @@ class ActivationLog:
                 except (OSError, ValueError) as error:
                     raise UserError(f"shard {self._path(shard)} cannot be read ({error}); delete that folder") from None
             picked.append([array[row] for array in self._open[shard]])
-        arrays = [np.stack(column) for column in zip(*picked, strict=True)]
-        return Activations(*arrays, self.windows.lengths[np.asarray(windows)])
+        residual, logits, ids = (np.stack(column) for column in zip(*picked, strict=True))
+        return Activations(residual, logits, ids, self.windows.lengths[np.asarray(windows)])
 
     def _path(self, shard: int) -> Path:
         return self.directory / f"shard_{shard:05d}"

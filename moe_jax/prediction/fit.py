@@ -1,13 +1,14 @@
 """Fits the learned predictor to an activation log: a linear solution in closed form, then gradient descent.
 
 Least squares against the target layers' router logits gets the direct part near its best in one pass over the log,
-which thousands of gradient steps would not, as residuals are badly conditioned. Binary cross-entropy on membership in
-the true top K then trains everything, so that the outputs are calibrated probabilities.
+which thousands of gradient steps would not (`closed_form.py`). Binary cross-entropy on membership in the true top K
+then trains all of it, so that the outputs are calibrated probabilities.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -24,8 +25,12 @@ from absl import logging
 
 from moe_jax.errors import UserError
 from moe_jax.prediction.activation_log import ActivationLog, Activations
+from moe_jax.prediction.closed_form import calibrate, least_squares, padded, unwhiten, used
 from moe_jax.prediction.interface import ModelParts, Spec
 from moe_jax.prediction.learned import Learned, window_inputs, window_targets
+
+Schedule = tuple[int, float, float]
+"""Steps, and the peak learning rates of the hidden layer and of the direct part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,16 @@ class FitConfig:
     checkpoint_every: int
     patience: int
 
+    def __post_init__(self):
+        least = {"hidden": 1, "steps": 0, "batch_windows": 1, "learning_rate": 0, "direct_rate": 0, "ridge": 0}
+        for name, low in (least | {"evaluate_every": 1, "checkpoint_every": 1, "patience": 1}).items():
+            if not getattr(self, name) >= low:
+                raise UserError(f"config.fit.{name} must be at least {low}, not {getattr(self, name)}")
+
+    def schedule(self) -> Schedule:
+        """The part that gradient steps are compiled for."""
+        return self.steps, self.learning_rate, self.learning_rate * self.direct_rate
+
 
 def fit(
     c: FitConfig,
@@ -81,36 +96,21 @@ def fit(
     train, held_out = np.flatnonzero(~validation), np.flatnonzero(validation)
     if not len(train):
         raise UserError("there is too little text to train on: give more --text, or lower --config.validation_share")
-    learned = Learned(c.hidden)
-    optimizer = _optimizer(c)
-    params = learned.init(jax.random.key(c.seed), spec, parts)
-    eps, network = params["eps"], params["network"]
-    loss_and_recall = jax.jit(lambda network, a: _loss(learned, eps, spec, network, a))
-
-    @jax.jit
-    def update(state, activations):
-        objective = lambda network: _loss(learned, eps, spec, network, activations)[0]
-        loss, gradient = jax.value_and_grad(objective)(state["network"])
-        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["network"])
-        return state | {"network": optax.apply_updates(state["network"], updates), "optimizer": optimizer_state}, loss
+    network = Learned(c.hidden).init(jax.random.key(c.seed), spec, parts)["network"]
+    state = _start(c, spec, network)
+    directory = Path(directory).absolute()
+    _claim(directory, {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec), **log.identity()})
 
     def look(state, step):
         sums = np.zeros(3)
         for start in range(0, len(held_out), c.batch_windows):
-            _, totals = loss_and_recall(state["network"], _padded(log, held_out[start:], c.batch_windows))
-            sums += np.asarray(totals, np.float64)
+            sums += np.asarray(_sums(spec, state, padded(log, held_out[start:], c.batch_windows)), np.float64)
         recall, loss = sums[1] / max(sums[0], 1), sums[2] / max(sums[0], 1)
         progress(step, {"validation_recall": recall, "validation_loss": loss})
-        if recall > float(state["best"]["recall"]):
-            best = {"recall": np.float32(recall), "loss": np.float32(loss), "step": np.int32(step)}
-            return state | {"best": best | {"network": state["network"]}}
-        return state
+        if recall <= float(state["best"]["recall"]):
+            return state
+        return state | {"best": _best(recall, loss, step, state["network"])}
 
-    state = {"network": network, "optimizer": optimizer.init(network), "step": np.int32(0)}
-    worst = {"recall": np.float32(-1), "loss": np.float32(0), "step": np.int32(0), "network": network}
-    state["best"] = worst
-    directory = Path(directory).absolute()
-    _claim(directory, {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec), **log.identity()})
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(directory / "checkpoints", options=options) as manager:
         if (latest := manager.latest_step()) is not None:
@@ -118,101 +118,88 @@ def fit(
             logging.info("resumed the fit from step %d of %d", latest, c.steps)
         else:
             began = time.time()
-            state["network"] = least_squares(network, eps, spec, log, train, c.ridge, c.batch_windows)
+            solved, basis = least_squares(network, spec, log, train, c.ridge, c.batch_windows)
+            few = log.read(_rows(train, 0, min(c.batch_windows, 4), c.seed))
+            state |= {"network": calibrate(spec, solved, basis, few), "basis": basis}
             logging.info("least squares took %.1f s", time.time() - began)
             state = look(state, 0)
             manager.save(0, args=ocp.args.StandardSave(state))
-        for step in range(int(state["step"]), c.steps):
+        for step in range(int(np.asarray(state["step"])), c.steps):
             if step - int(state["best"]["step"]) >= c.patience * c.evaluate_every:
                 break
-            rows = _rows(train, step, c.batch_windows, c.seed)
-            state, loss = update(state, log.read(rows))
+            state, loss = _update(c.schedule(), spec, state, log.read(_rows(train, step, c.batch_windows, c.seed)))
             done = step + 1
-            state["step"] = np.int32(done)
             progress(done, {"loss": float(loss)})
             if done % c.evaluate_every == 0 or done == c.steps:
                 state = look(state, done)
             if done % c.checkpoint_every == 0 or done == c.steps:
                 manager.save(done, args=ocp.args.StandardSave(state), force=True)
     best = state["best"]
-    return {"network": jax.tree.map(jnp.asarray, best["network"]), "eps": eps}, {
-        name: float(best[name]) for name in ("recall", "loss", "step")
+    params = {"network": jax.jit(unwhiten)(best["network"], state["basis"]), "eps": jnp.float32(spec.norm_eps)}
+    return params, {name: float(best[name]) for name in ("recall", "loss", "step")}
+
+
+def _start(c: FitConfig, spec: Spec, network: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a run carries from step to step, and checkpoints; `network` is in the whitened basis."""
+    D, L = spec.d_model, spec.num_layers
+    return {
+        "step": np.array(0, np.int32),
+        "network": network,
+        "basis": {"white": np.zeros((L, D, D), np.float32), "mean": np.zeros((L, D), np.float32)},
+        "optimizer": _optimizer(c.schedule()).init(network),
+        "best": _best(-1.0, 0.0, 0, network),
     }
 
 
-def least_squares(
-    network: dict[str, jax.Array], eps: Any, spec: Spec, log: ActivationLog, rows: np.ndarray, ridge: float, batch: int
-) -> dict[str, jax.Array]:
-    """The network with its direct part solved for: linear regression on the target layers' centred router logits.
-
-    Every layer and horizon is a system of its own, of D + 2 E + 1 unknowns per expert.
-    """
-    D, E, H = spec.d_model, spec.num_experts, spec.horizon
-
-    @jax.jit
-    def moments(a: Activations):
-        x, gates, previous = window_inputs(eps, a.residual, a.logits, a.ids, H)
-        inputs = jnp.concatenate([x, gates, previous.reshape(*x.shape[:2], -1), jnp.ones_like(x[..., :1])], axis=-1)
-        logits = a.logits.astype(jnp.float32)
-        wanted, known = window_targets(logits - logits.mean(-1, keepdims=True), a.lengths, H)
-        inputs = inputs * known.all(-1, keepdims=True)  # a row counts for all horizons or for none: one matrix
-        products = jnp.einsum("lri,lrj->lij", inputs, inputs)
-        return products, jnp.einsum("lri,lro->lio", inputs, wanted.reshape(*x.shape[:2], -1))
-
-    products = right = 0.0
-    for start in range(0, len(rows), batch):
-        part = moments(_padded(log, rows[start:], batch))
-        products, right = products + np.asarray(part[0], np.float64), right + np.asarray(part[1], np.float64)
-    solved = {name: np.array(network[name]) for name in ("residual", "gates", "previous", "bias")}
-    for layer in range(spec.num_layers):
-        for h in range(H):
-            own = slice(h * E, (h + 1) * E)
-            used = np.r_[: D + E, D + E + h * E : D + E + (h + 1) * E, D + E + H * E]
-            square = products[layer][np.ix_(used, used)]
-            square += np.eye(len(used)) * max(ridge * np.trace(square) / len(used), 1e-6)
-            solution = np.linalg.solve(square, right[layer][used, own])
-            solved["residual"][layer][:, own] = solution[:D]
-            solved["gates"][layer][:, own] = solution[D : D + E]
-            solved["previous"][layer][h] = solution[D + E : D + 2 * E]
-            solved["bias"][layer][own] = solution[-1]
-    return network | {name: jnp.asarray(value, jnp.float32) for name, value in solved.items()}
+def _best(recall: float, loss: float, step: int, network: dict[str, Any]) -> dict[str, Any]:
+    numbers = {"recall": np.array(recall, np.float32), "loss": np.array(loss, np.float32)}
+    return numbers | {"step": np.array(step, np.int32), "network": network}
 
 
-def _loss(learned: Learned, eps: Any, spec: Spec, network: Any, a: Activations) -> tuple[jax.Array, jax.Array]:
-    """Mean binary cross-entropy; and the sums of known targets, of their recall and of their loss, float32 [3]."""
-    inputs = window_inputs(eps, a.residual, a.logits, a.ids, spec.horizon)
-    scores = learned.score_windows({"network": network, "eps": eps}, inputs)  # [L, R, H, E]
-    used = jax.nn.one_hot(a.ids.astype(jnp.int32), spec.num_experts).sum(-2)
-    wanted, known = window_targets(used, a.lengths, spec.horizon)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _update(schedule: Schedule, spec: Spec, state: dict[str, Any], a: Activations) -> tuple[dict[str, Any], jax.Array]:
+    """One gradient step; the new state and the loss before it."""
+
+    def objective(network):
+        sums = _sums(spec, {"network": network, "basis": state["basis"]}, a)
+        return sums[2] / jnp.maximum(sums[0], 1)
+
+    loss, gradient = jax.value_and_grad(objective)(state["network"])
+    updates, optimizer_state = _optimizer(schedule).update(gradient, state["optimizer"], state["network"])
+    network = optax.apply_updates(state["network"], updates)
+    return state | {"step": state["step"] + 1, "network": network, "optimizer": optimizer_state}, loss
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(spec: Spec, state: dict[str, Any], a: Activations) -> jax.Array:
+    """Of all known targets of some windows: their number, their recall and their cross-entropy, float32 [3]."""
+    inputs = window_inputs(spec.norm_eps, a.residual, a.logits, a.ids, spec.horizon)
+    scores = Learned().score_windows(unwhiten(state["network"], state["basis"]), inputs, spec.top_k)  # [L, R, H, E]
+    wanted, known = window_targets(used(a, spec), a.lengths, spec.horizon)
     losses = optax.sigmoid_binary_cross_entropy(scores, wanted).mean(-1) * known
     ranked = jax.lax.top_k(jax.lax.stop_gradient(scores), spec.top_k)[1]
     recall = jnp.take_along_axis(wanted, ranked, axis=-1).sum(-1) / spec.top_k * known
-    count = known.sum()
-    return losses.sum() / jnp.maximum(count, 1), jnp.stack([count.astype(jnp.float32), recall.sum(), losses.sum()])
+    return jnp.stack([known.sum().astype(jnp.float32), recall.sum(), losses.sum()])
 
 
-def _optimizer(c: FitConfig) -> optax.GradientTransformation:
+def _optimizer(schedule: Schedule) -> optax.GradientTransformation:
+    steps, hidden_rate, direct_rate = schedule
+
     def adam(rate: float) -> optax.GradientTransformation:
-        warmup = min(20, max(c.steps // 10, 1))
-        return optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(c.steps, warmup + 1)), b2=0.98)
+        warmup = min(20, max(steps // 10, 1))
+        return optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1)), b2=0.98)
 
-    kinds = {"hidden": adam(c.learning_rate), "direct": adam(c.learning_rate * c.direct_rate)}
+    kinds: Any = {"hidden": adam(hidden_rate), "direct": adam(direct_rate)}
     label = lambda network: {n: "direct" if n in ("residual", "gates", "previous") else "hidden" for n in network}
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(kinds, label))
 
 
 def _rows(train: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
     """Windows of a step: a pure function of its arguments, so that a resumed run sees the same. Epochs are permuted."""
-    places = np.arange(step * batch, (step + 1) * batch)
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(train) for epoch in set(places // len(train))}
+    places = range(step * batch, (step + 1) * batch)
+    epochs = {place // len(train) for place in places}
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(train) for epoch in epochs}
     return np.array([orders[place // len(train)][place % len(train)] for place in places])
-
-
-def _padded(log: ActivationLog, rows: np.ndarray, batch: int) -> Activations:
-    """The first `batch` of `rows`, filled up with windows of length 0."""
-    part = log.read(rows[:batch])
-    missing = batch - len(part.lengths)
-    return Activations(*(np.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))) for x in part))
 
 
 def _claim(directory: Path, run: dict[str, Any]) -> None:

@@ -121,6 +121,7 @@ def multi_hot(ids: jax.Array, num_experts: int) -> jax.Array:
 def last_ids(ids: np.ndarray) -> np.ndarray:
     """Experts of each row's last token, int32 [B, L, K], from ids [L, B, T, K] with -1 padding; -1 if it has none."""
     real = ids[0, :, :, 0] >= 0  # [B, T]
-    last = real.shape[1] - 1 - real[:, ::-1].argmax(axis=1)
+    last = real.shape[1] - 1 - np.flip(real, axis=1).argmax(axis=1)
     chosen = np.asarray(ids)[:, np.arange(len(last)), last]  # [L, B, K]
-    return np.where(real.any(axis=1)[:, None, None], chosen.swapaxes(0, 1), -1).astype(np.int32)
+    found = np.asarray(real.any(axis=1))
+    return np.where(found[:, None, None], chosen.swapaxes(0, 1), -1).astype(np.int32)

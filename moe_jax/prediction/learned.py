@@ -33,9 +33,9 @@ class Network(nnx.Module):
         self.hidden_bias = nnx.Param(jnp.zeros((hidden,)))
         self.hidden_out = nnx.Param(jnp.zeros((hidden, H * E)))
         self.scale = nnx.Param(jnp.ones((H, 1)))
-        self.shift = nnx.Param(jnp.full((H, 1), math.log(spec.top_k)))
+        self.shift = nnx.Param(jnp.zeros((H, 1)))
 
-    def __call__(self, x: jax.Array, gates: jax.Array, previous: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, gates: jax.Array, previous: jax.Array, top_k: int) -> jax.Array:
         """Logits of membership in the true top K.
 
         Args:
@@ -51,8 +51,22 @@ class Network(nnx.Module):
         out = x @ self.residual[...] + gates @ self.gates[...] + jax.nn.gelu(hidden) @ self.hidden_out[...]
         out = (out + self.bias[...]).reshape(rows, *previous.shape[1:])
         out = out + jnp.einsum("rhe,hef->rhf", previous, self.previous[...])
-        # As in a router only differences matter: K times the softmax is a first guess of P(among the top K).
-        return jax.nn.log_softmax(out, axis=-1) * self.scale[...] + self.shift[...]
+        # Membership depends on how far a logit lies above or below the boundary between the K-th and the next one.
+        return (out - jax.lax.stop_gradient(boundary(out, top_k))) * self.scale[...] + self.shift[...]
+
+
+def boundary(logits: jax.Array, top_k: int) -> jax.Array:
+    """Midway between the K-th and the (K + 1)-th largest of the last axis, which is kept: [..., 1]."""
+    # Repeated maxima: on a CPU a sort of many short rows takes several times as long.
+    rest = logits
+    largest = rest.max(-1, keepdims=True)
+    for _ in range(top_k - 1):
+        rest = jnp.where(rest >= largest, -jnp.inf, rest)
+        largest = rest.max(-1, keepdims=True)
+    following = jnp.where(rest >= largest, -jnp.inf, rest).max(-1, keepdims=True)
+    # Ties, or no further expert: the boundary is the K-th itself.
+    following = jnp.where(jnp.isfinite(following), following, largest)
+    return jnp.where(jnp.isfinite(largest), (largest + following) / 2, logits.min(-1, keepdims=True))
 
 
 def _graph() -> Any:
@@ -92,7 +106,7 @@ class Learned:
         ahead = targets(jnp.arange(1, H + 1, dtype=jnp.int32), features.layer, last.shape[1])
         gates = (jax.nn.one_hot(features.ids, E) * features.gates[..., None]).sum(-2)
         x = normalise(features.residual, params["eps"])
-        logits = nnx.merge(self._graph, tables)(x, gates, multi_hot(last[:, ahead], E))
+        logits = nnx.merge(self._graph, tables)(x, gates, multi_hot(last[:, ahead], E), features.ids.shape[1])
         return jax.nn.sigmoid(logits), {"last": last}
 
     @staticmethod
@@ -100,9 +114,9 @@ class Learned:
         """Multiply-adds of one layer's call for one token."""
         return sum(table[0].size for name, table in params["network"].items() if table.ndim > 2)
 
-    def score_windows(self, params: Any, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    def score_windows(self, network: Any, inputs: tuple[jax.Array, jax.Array, jax.Array], top_k: int) -> jax.Array:
         """Logits for whole windows, [L, R, H, E], as `apply` gives them; `inputs` are those of `window_inputs`."""
-        return jax.vmap(lambda tables, *xs: nnx.merge(self._graph, tables)(*xs))(params["network"], *inputs)
+        return jax.vmap(lambda tables, *xs: nnx.merge(self._graph, tables)(*xs, top_k))(network, *inputs)
 
 
 def normalise(residual: jax.Array, eps: Any) -> jax.Array:

@@ -133,9 +133,21 @@ class Router:
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + params["eps"])
         routers = params["routers"]
         ahead = routers[targets(params["offsets"], features.layer, routers.shape[0])]  # [H, E, D]
-        share = jax.nn.softmax(jnp.einsum("bd,hed->bhe", x, ahead), axis=-1)
-        # K draws from the router's distribution: same ranking, and a probability of membership.
-        return 1 - (1 - share) ** features.ids.shape[1], state
+        return membership(jnp.einsum("bd,hed->bhe", x, ahead), features.ids.shape[1]), state
+
+
+def membership(logits: jax.Array, top_k: int) -> jax.Array:
+    """Router logits [..., E] to probabilities of being among the top K: a sigmoid, moved so that they sum to K."""
+    low, high = logits.min(-1, keepdims=True) - 10, logits.max(-1, keepdims=True) + 10
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        above = jax.nn.sigmoid(logits - middle).sum(-1, keepdims=True) > top_k
+        return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+    low, high = jax.lax.fori_loop(0, 16, halve, (low, high))
+    return jax.nn.sigmoid(logits - (low + high) / 2)
 
 
 BASELINES: dict[str, Predictor] = {p.name: p for p in (Random(), Frequency(), Repeat(), Router())}

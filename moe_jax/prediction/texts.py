@@ -72,9 +72,10 @@ def plan(
             lines = _line_ends(text)
             if len(lines & banned) > 0.05 * len(lines):
                 continue
-            if max_tokens and taken >= max_tokens / len(sources):
+            room = max_tokens // len(sources) - taken if max_tokens else None
+            if room is not None and room < min(SHORTEST, window):
                 break
-            ids = encode(text)
+            ids = encode(text)[:room]
             for start in range(0, len(ids), window):
                 part = ids[start : start + window]
                 if len(part) >= min(SHORTEST, window):

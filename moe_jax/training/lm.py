@@ -83,6 +83,7 @@ def forward(a: Architecture, graph, params: Params, tokens: jax.Array, capacity_
     rope = jnp.asarray(rope_table(T, a.attention.rope_dim, a.rope))[None]
     balance, router_z, dropped, load = [], [], [], []
     for layer, experts in zip(decoder.layers, params["experts"], strict=True):
+        assert layer.router is not None
         x = x + layer.attention.full(layer.attention_norm(x), rope)
         h = layer.expert_norm(x).reshape(B * T, -1)
         logits = layer.router.logits(h)
@@ -101,15 +102,15 @@ def forward(a: Architecture, graph, params: Params, tokens: jax.Array, capacity_
     return logits, stats
 
 
-def loss_fn(a: Architecture, graph, params: Params, rows: jax.Array, weights):
+def loss_fn(a: Architecture, graph, params: Params, rows: jax.Array, weights, balance_loss):
     """rows int32 [B, T + 1]: mean cross-entropy in nats plus weighted auxiliary losses, and the statistics.
 
-    `weights` has the fields capacity_factor, balance_loss, router_z_loss and z_loss (squared log-normaliser of the
-    output softmax, PaLM, arXiv 2204.02311).
+    `balance_loss` weighs the load balance; `weights` has the fields capacity_factor, router_z_loss and z_loss (squared
+    log-normaliser of the output softmax, PaLM, arXiv 2204.02311).
     """
     logits, stats = forward(a, graph, params, rows[:, :-1], weights.capacity_factor)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, rows[:, 1:, None], axis=-1)[..., 0]
     stats["nll"] = jnp.mean(normaliser - picked)
-    auxiliary = weights.balance_loss * stats["balance"] + weights.router_z_loss * stats["router_z"]
+    auxiliary = balance_loss * stats["balance"] + weights.router_z_loss * stats["router_z"]
     return stats["nll"] + auxiliary + weights.z_loss * jnp.mean(normaliser**2), stats

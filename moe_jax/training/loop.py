@@ -42,6 +42,8 @@ class TrainConfig:
     weight_decay: float
     capacity_factor: float
     balance_loss: float
+    final_balance_loss: float
+    final_balance_steps: int
     router_z_loss: float
     z_loss: float
     checkpoint_every: int
@@ -118,8 +120,8 @@ def train(c: TrainConfig) -> dict[str, Any]:
     state = {"params": params, "opt": tx.init(params)}
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, rows):
-        grad = jax.value_and_grad(lambda p: lm.loss_fn(a, graph, p, rows, c), has_aux=True)
+    def update(state, rows, balance_loss):
+        grad = jax.value_and_grad(lambda p: lm.loss_fn(a, graph, p, rows, c, balance_loss), has_aux=True)
         (_, stats), grads = grad(state["params"])
         updates, opt = tx.update(grads, state["opt"], state["params"])
         return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, stats
@@ -140,7 +142,8 @@ def train(c: TrainConfig) -> dict[str, Any]:
         for step in range(start, c.steps):
             context = c.context if step < c.steps - c.final_context_steps else c.final_context
             rows = corpus.batch(streams["train"], c.domain_weights, step, c.seed, c.batch_tokens // context, context)
-            state, stats = update(state, rows)
+            balance = c.balance_loss if step < c.steps - c.final_balance_steps else c.final_balance_loss
+            state, stats = update(state, rows, np.float32(balance))
             seen += c.batch_tokens
             done = step + 1
             if done % 20 == 0 or done == c.steps:

@@ -264,4 +264,5 @@ def test_yarn_is_the_default_as_in_transformers():
     config = transformers.GptOssConfig().to_dict()
     assert gpt_oss.read_config(config | {"rope_parameters": None}) == gpt_oss.read_config(config)
     scaling = gpt_oss.read_config(config).rope.scaling
+    assert isinstance(scaling, Yarn)
     assert scaling == Yarn(32.0, 4096, truncate=False, attention_factor=scaling.attention_factor)

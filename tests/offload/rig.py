@@ -25,7 +25,7 @@ class FakeCheckpoint:
 
     architecture = ARCHITECTURE
 
-    def expert(self, layer, expert):
+    def expert(self, layer, expert) -> Any:
         base = 1000 * layer + 100 * expert
         return base + np.arange(2 * F * D, dtype=np.float32).reshape(2 * F, D), -base * np.ones((D, F), np.float32)
 

@@ -1,5 +1,7 @@
 """The host bank: real copies of the right experts in the right kind of memory."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -28,7 +30,7 @@ def test_copies_are_new_buffers_and_may_be_deleted():
 
 def test_sizes_and_dtype_are_those_of_the_checkpoint():
     class Half(FakeCheckpoint):
-        def expert(self, layer, expert):
+        def expert(self, layer, expert) -> Any:
             return tuple(part.astype(jax.numpy.bfloat16) for part in super().expert(layer, expert))
 
     bank = HostBank(Half())
@@ -45,7 +47,7 @@ def test_experts_are_read_one_at_a_time():
         pass
 
     class Reader(FakeCheckpoint):
-        def expert(self, layer, expert):
+        def expert(self, layer, expert) -> Any:
             import weakref
 
             parts = tuple(part.view(Part) for part in super().expert(layer, expert))

@@ -36,6 +36,14 @@ def test_best(ahead, layers_per_copy, expected):
         assert best[1] == pytest.approx(ahead[(best[0][0] - 1) % L][best[0][1]])
 
 
+def test_predictions_of_the_last_layers_wrap():
+    o = outlook()
+    o.offer(L - 1, predictions({1: 0.9}, {2: 0.8}))
+    assert o.best(L - 1, 0.0) == ((0, 1), pytest.approx(0.9))
+    o.hold((0, 1), True)
+    assert o.best(L - 1, 0.0) == ((1, 2), pytest.approx(0.8))
+
+
 def test_what_is_held_is_no_candidate_until_it_is_gone():
     o = outlook()
     o.offer(0, predictions({1: 0.9, 2: 0.8}))

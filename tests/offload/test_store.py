@@ -157,6 +157,23 @@ def test_real_arrays_are_freed_even_where_a_caller_kept_them():
     assert kept.gate_up.is_deleted() and kept.down.is_deleted() and store.used_bytes == 0
 
 
+def test_every_overlapping_use_counts():
+    store = ArrayStore(SIZE, SIZE, LRU())
+    store.begin((0, 0), load((0, 0)))
+    store.commit((0, 0), weights())
+    first, second = Computation(), Computation()
+    for use in (first, second):
+        store.pin((0, 0))
+        store.unpin((0, 0), use)
+    store.evict((0, 0))
+    second.end()
+    store.settle()
+    assert store.used_bytes == SIZE
+    first.end()
+    store.settle()
+    assert store.used_bytes == 0
+
+
 def test_completed_uses_do_not_pile_up():
     store = ArrayStore(SIZE, SIZE, LRU())
     store.begin((0, 0), load((0, 0)))

@@ -1,0 +1,113 @@
+"""The learned predictor: whole windows against token by token, its start, and its files."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.prediction import predictors, saved
+from moe_jax.prediction.interface import fingerprint
+from moe_jax.prediction.learned import Learned, boundary, window_inputs, window_targets
+from tests.prediction.synthetic import SPEC, activations, parts
+from tests.prediction.test_predictors import run
+
+
+def noisy(learned):
+    """Parameters in which every table matters."""
+    params = learned.init(jax.random.key(0), SPEC, parts())
+    keys = iter(jax.random.split(jax.random.key(1), 20))
+    params["network"] = {
+        name: table + 0.3 * jax.random.normal(next(keys), table.shape) for name, table in params["network"].items()
+    }
+    return params
+
+
+def test_whole_windows_equal_token_by_token():
+    learned, arrays = Learned(hidden=5), activations(SPEC, parts(), 2, 6)
+    params = noisy(learned)
+    stepwise = run(learned, arrays, params=params)[0]  # [W, T, L, H, E]
+
+    @jax.jit
+    def score(network, residual, logits, ids):
+        return learned.score_windows(network, window_inputs(1e-5, residual, logits, ids, SPEC.horizon), SPEC.top_k)
+
+    scores = score(params["network"], *arrays)
+    whole = np.array(jax.nn.sigmoid(scores)).reshape(SPEC.num_layers, 2, 6, SPEC.horizon, -1)
+    np.testing.assert_allclose(whole.transpose(1, 2, 0, 3, 4), stepwise, atol=1e-5)
+
+
+def test_untrained_it_ranks_like_the_router():
+    arrays = activations(SPEC, parts(), 2, 4)
+    ours, router = run(Learned(), arrays)[0], run(predictors.Router(), arrays)[0]
+    np.testing.assert_array_equal(np.argsort(ours), np.argsort(router))
+
+
+def test_window_targets_against_a_loop():
+    rng = np.random.default_rng(0)
+    W, L, T, E, H = 3, 3, 5, 4, 3
+    values, lengths = rng.normal(size=(W, L, T, E)), np.array([5, 3, 1])
+    wanted, known = (np.array(x) for x in jax.jit(window_targets, static_argnums=2)(values, lengths, H))
+    for layer, w, t, h in np.ndindex(L, W, T, H):
+        carry, target = divmod(layer + h + 1, L)
+        inside = t + carry < lengths[w]
+        assert known[layer, w * T + t, h] == inside
+        if inside:
+            np.testing.assert_allclose(wanted[layer, w * T + t, h], values[w, target, t + carry], rtol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5, 6])
+def test_boundary_parts_the_top_k_from_the_rest(top_k):
+    logits = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    above = (logits > np.array(boundary(jnp.asarray(logits), top_k))).sum(-1)
+    assert (above == top_k).all() if top_k < 6 else (above >= 5).all()
+    assert np.isfinite(boundary(jnp.zeros((2, 6)), top_k)).all()
+
+
+@pytest.fixture
+def trained(tmp_path):
+    params = noisy(Learned(hidden=5))
+    saved.save(tmp_path, params, SPEC, fingerprint(SPEC, parts()), {"note": 1})
+    return tmp_path, params
+
+
+def test_saved_weights_come_back_and_a_shorter_horizon_is_a_part_of_them(trained):
+    directory, params = trained
+    whole = saved.load(directory, SPEC, fingerprint(SPEC, parts()))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), whole, params)
+    short_spec = dataclasses.replace(SPEC, horizon=2)
+    short = saved.load(directory, short_spec, fingerprint(SPEC, parts()))
+    learned, arrays = Learned(), activations(SPEC, parts(), 2, 3)
+    # What the last token used three layers ahead also speaks through the hidden layer: it is not known any more.
+    whole["network"]["hidden_in"] = whole["network"]["hidden_in"].at[:, -SPEC.num_experts :].set(0)
+    expected = run(learned, arrays, params=whole)[0][:, :, :, :2]
+    np.testing.assert_allclose(run(learned, arrays, short_spec, short)[0], expected, atol=1e-6)
+
+
+def test_it_refuses_another_model_and_a_longer_horizon(trained):
+    directory, _ = trained
+    with pytest.raises(UserError, match="trained for another model"):
+        saved.load(directory, SPEC, fingerprint(SPEC, parts(seed=1)))
+    deeper = dataclasses.replace(SPEC, num_layers=9, horizon=4)
+    with pytest.raises(UserError, match="looks 3 layers ahead, not 4"):
+        saved.load(directory, deeper, fingerprint(SPEC, parts()))
+
+
+@pytest.mark.parametrize("damage", ["card", "fields", "weights"])
+def test_damaged_files_are_one_line(trained, damage):
+    directory, _ = trained
+    card = directory / "predictor.json"
+    if damage == "card":
+        card.write_text("{")
+    elif damage == "fields":
+        card.write_text(json.dumps({"schema": 1}))
+    else:
+        for file in (directory / "weights").rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"")
+    with pytest.raises(UserError, match="train it again") as error:
+        saved.load(directory, SPEC, fingerprint(SPEC, parts()))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,82 @@
+"""Which text becomes which window, and that test texts are never learned from."""
+
+import numpy as np
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.prediction import texts
+
+
+def encode(text: str) -> list[int]:
+    return [0, *text.encode()]
+
+
+def write(folder, name, lines, word):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{word} {i:04d} {'abcdefghij' * 5}\n" for i in range(lines)))
+    return path
+
+
+def test_windows_hold_the_text_in_order(tmp_path):
+    path = write(tmp_path, "a.txt", 5, "line")
+    plan = texts.plan(encode, [path], window=64)
+    ids = encode(path.read_text())
+    joined = np.concatenate([tokens[:n] for tokens, n in zip(plan.tokens, plan.lengths, strict=True)])
+    np.testing.assert_array_equal(joined, ids[: len(joined)])
+    assert len(ids) - len(joined) < texts.SHORTEST
+    assert (plan.lengths[:-1] == 64).all() and (plan.tokens[-1, plan.lengths[-1] :] == 0).all()
+
+
+def test_every_source_gets_an_equal_share_of_the_budget(tmp_path):
+    for i in range(20):
+        write(tmp_path / "many", f"{i}.py", 40, f"many{i}")
+    big = write(tmp_path, "big.txt", 3000, "big")
+    plan = texts.plan(encode, [tmp_path / "many", big], window=64, max_tokens=8000)
+    from_big = np.isin(plan.documents, [i for i, name in enumerate(plan.names) if name.startswith("big")])
+    assert plan.lengths.sum() <= 8000
+    assert plan.lengths[from_big].sum() == pytest.approx(4000, abs=64)
+    assert plan.lengths[~from_big].sum() == pytest.approx(4000, abs=64)
+
+
+def test_the_plan_depends_on_the_seed_alone(tmp_path):
+    for i in range(20):
+        write(tmp_path, f"{i}.py", 40, f"text{i}")
+    make = lambda seed: texts.plan(encode, [tmp_path], 64, 8000, seed).digest()
+    assert make(0) == make(0) != make(1)
+
+
+def test_documents_that_share_lines_with_a_test_text_are_left_out(tmp_path):
+    write(tmp_path / "train", "seen.py", 40, "seen")
+    write(tmp_path / "train", "other.py", 40, "other")
+    test = tmp_path / "test.txt"
+    # As it may stand in a test text: indented, with other numbering before it, among other lines.
+    test.write_text(
+        "x\n" + "".join("   7 " + line + "\n" for line in (tmp_path / "train/seen.py").read_text().split("\n"))
+    )
+    unlike = tmp_path / "unlike.txt"
+    unlike.write_text("nothing of it is in the training text, not even a part of one line of it\n")
+    (tmp_path / "train/other.py").write_text("".join(f"{'qwertz' * 8} {i:04d}\n" for i in range(40)))
+    assert texts.plan(encode, [tmp_path / "train"], 64, exclude=[test]).names == ["other.py#0"]
+    assert len(texts.plan(encode, [tmp_path / "train"], 64, exclude=[unlike]).names) == 2
+
+
+def test_validation_takes_whole_documents(tmp_path):
+    for i in range(20):
+        write(tmp_path, f"{i}.py", 10, f"text{i}")
+    plan = texts.plan(encode, [tmp_path], 64)
+    chosen = texts.validation_windows(plan, 0.2, seed=0)
+    validation, training = set(plan.documents[chosen]), set(plan.documents[~chosen])
+    assert len(validation) == 4 and len(training) == 16 and not validation & training
+    assert (chosen != texts.validation_windows(plan, 0.2, seed=1)).any()
+
+
+def test_mistakes_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for source, message in (("nowhere", "does not exist"), ("empty", "holds no text"), ("binary.txt", "holds no text")):
+        with pytest.raises(UserError, match=message):
+            texts.plan(encode, [tmp_path / source], 64)
+    path = write(tmp_path, "a.txt", 5, "line")
+    with pytest.raises(UserError, match="no text is left"):
+        texts.plan(encode, [path], 64, exclude=[path])

@@ -1,0 +1,108 @@
+"""train_predictor.py from end to end on a tiny model: killed with SIGKILL it resumes and ends with the same weights."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_tiny
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny model, text to train on and a test text."""
+    place = tmp_path_factory.mktemp("predictor")
+    write_tiny(place / "model")
+    text = (ROOT / "moe_jax" / "prediction" / "fit.py").read_text()
+    (place / "text").mkdir()
+    for part in range(4):
+        (place / "text" / f"{part}.py").write_text(text[part * 1500 : (part + 1) * 1500])
+    (place / "test.txt").write_text(
+        "A text of its own, of which there is no line in the other one, not even in part.\n" * 8
+    )
+    return place
+
+
+def command(place: Path, output: str, *more: str) -> list[str]:
+    overrides = {
+        "checkpoint": place / "model",
+        "output": place / output,
+        "horizon": 3,
+        "window": 32,
+        "max_tokens": 5000,
+        "validation_share": 0.25,
+        "fit.hidden": 4,
+        "fit.steps": STEPS,
+        "fit.batch_windows": 4,
+        "fit.evaluate_every": 10,
+        "fit.checkpoint_every": 5,
+        "fit.patience": 100,
+    }
+    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
+    script = [sys.executable, str(ROOT / "train_predictor.py"), f"--config={ROOT}/configs/predictor.py"]
+    return [*script, *flags, f"--text={place}/text", f"--test_text={place}/test.txt", *more]
+
+
+def run(*args, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    """Every array of a saved predictor. (Files that orbax writes carry times and random names.)"""
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore((directory / "predictor" / "weights").absolute())
+    return {name: np.asarray(value).tobytes() for name, value in tree.items()}
+
+
+def reached(output: Path) -> int:
+    """Shards logged, and 100 more for every fitted step that a checkpoint holds."""
+    steps = [int(p.name) for p in (output / "fit" / "checkpoints").glob("*") if p.name.isdigit()]
+    return len(list((output / "log").glob("*/shard_*"))) + 100 * max(steps, default=0)
+
+
+def test_a_killed_run_ends_like_an_uninterrupted_one(place):
+    whole = run(place, "whole", f"--output_json={place}/scores.json")
+    assert whole.returncode == 0, whole.stderr
+    scores = json.loads((place / "scores.json").read_text())
+    assert "recall@2 on the test texts" in whole.stdout and "next token" in whole.stdout
+    assert set(scores["scores"]) == {"learned", "router", "repeat", "frequency"}
+    assert 3000 < scores["train_tokens"] <= 5000
+    target = random.choice([1, 2, 500, 2000])  # while logging, and while fitting
+    killed = subprocess.Popen(command(place, "killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while reached(place / "killed") < target and killed.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "it ended before it was killed"
+    assert not (place / "killed" / "predictor" / "predictor.json").exists()
+    resumed = run(place, "killed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert weights(place / "killed") == weights(place / "whole")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--text=nowhere"], "text nowhere does not exist"),
+        (["--config.window=999"], "config.window=999 must be from 2 to 255"),
+        (["--config.horizon=9"], "a horizon of 9 does not fit a model of 5 layers"),
+        (["--config.fit.steps=-1"], "config.fit.steps must be at least 0"),
+        (["--config.max_tokens=0"], "config.max_tokens must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(place, flags, message):
+    result = run(place, "mistaken", *flags)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr

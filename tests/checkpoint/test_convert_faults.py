@@ -1,4 +1,4 @@
-"""What goes wrong outside the program: bad sources, a full disk, SIGKILL. Never anything half-written left as if whole."""
+"""What goes wrong outside the program: bad sources, a full disk, SIGKILL. Nothing half-written is left as if whole."""
 
 import json
 import os

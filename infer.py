@@ -44,7 +44,6 @@ def main() -> None:
     if SYSTEM.value and not CHAT.value:
         raise UserError("--system needs --chat")
 
-    from moe_jax.checkpoint.converted import Converted
     from moe_jax.config import Config
     from moe_jax.inference.sampling import Sampling
     from moe_jax.inference.session import Model
@@ -57,9 +56,6 @@ def main() -> None:
         raise UserError("--trace and --report tell of transfers and need --config.offload.tier=host")
     with cli.status("loading the model"):
         model = Model(config)
-    if config.checkpoint and not isinstance(model.checkpoint, Converted):
-        hint = f"python convert.py --checkpoint={config.checkpoint} --output=DIR [--quantization=int8]"
-        print(f"running from the Hugging Face files; to convert them once: {hint}", file=sys.stderr)
     describe(model, chosen)
     with cli.status("compiling (the second run reads the compilation cache)"):
         generation = model.start(prompts, MAX_NEW_TOKENS.value, sampling, SYSTEM.value if CHAT.value else None)
@@ -100,6 +96,8 @@ def read_prompts() -> tuple[list[str], bool]:
 
 def describe(model, chosen: bool) -> None:
     """Says which model runs, and how its experts are kept."""
+    from moe_jax.checkpoint.converted import Converted
+
     config, a = model.config, model.checkpoint.architecture
     experts = a.num_moe_layers * a.num_experts
     kept = "all on the device"
@@ -114,6 +112,10 @@ def describe(model, chosen: bool) -> None:
     print(f"{name}: {a.num_layers} layers, {a.num_experts} experts, {a.top_k} active; experts: {kept}")
     if not config.checkpoint:
         print("For another model: --config.checkpoint=DIR, a Hugging Face directory such as Mixtral-8x7B-v0.1")
+    elif not isinstance(model.checkpoint, Converted):
+        print(
+            f"To convert it once: python convert.py --checkpoint={config.checkpoint} --output=DIR [--quantization=int8]"
+        )
     for note in model.notes:
         print(note)
     if not chosen:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,8 @@ def test_quantised_experts_are_those_of_dequantised_weights(converted, form):
             w, f = quantised.expert(layer, expert), quantised.architecture.experts.ff
             return w._replace(gate_up=dequantize(w.gate_up), down=dequantize(w.down)[:, :f])
 
-    got, want = (logits(c, ResidentExperts(c)) for c in (quantised, Plain()))
+    plain: Any = Plain()
+    got, want = (logits(c, ResidentExperts(c)) for c in (quantised, plain))
     scale = np.abs(want).max()
     np.testing.assert_allclose(got, want, atol=1e-5 * scale)
 

@@ -116,8 +116,8 @@ fluent nonsense.
 
 **Data.** Python 3.11 standard library sources and the sources of the Python 3.11 manual (PSF licence), the King James
 Bible (public domain). Training tokens available: {seen}; {tokens:.1f}M were drawn, by domain weight, in windows.
-Documents were split once into train, validation and test; one thing was chosen on
-test: the higher balance loss of the last 200 steps was added after the test texts showed experts starved on prose, so the
+Documents were split once into train, validation and test. One thing was chosen on test: the higher
+balance loss of the last 200 steps was added after the test texts showed experts starved on prose, so that the
 expert-use column is not a clean held-out result.
 
 **Licence.** Apache-2.0 for the weights; the texts keep theirs.

@@ -167,7 +167,7 @@ CASES = [
             tie_word_embeddings=True,
             swiglu_limit=7.0,
         ),
-        {name: EVERYWHERE[name] for name in ("attention sinks", "expert bias")},
+        {name: EVERYWHERE[name] for name in ("attention sinks", "expert bias", "the clamp")},
         save=save_mxfp4,
     ),
 ]
@@ -259,11 +259,13 @@ def test_a_dtype_must_be_what_the_layout_says(tmp_path):
         assert part in str(caught.value)
 
 
-def test_yarn_is_the_default_as_in_transformers():
+def test_defaults_are_those_of_transformers():
     from moe_jax.checkpoint.families import gpt_oss
 
     config = transformers.GptOssConfig().to_dict()
-    assert gpt_oss.read_config(config | {"rope_parameters": None}) == gpt_oss.read_config(config)
-    scaling = gpt_oss.read_config(config).rope.scaling
-    assert isinstance(scaling, Yarn)
-    assert scaling == Yarn(32.0, 4096, truncate=False, attention_factor=scaling.attention_factor)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    needed = ("model_type", *sizes, "num_key_value_heads", "num_local_experts", "num_experts_per_tok")
+    a = gpt_oss.read_config(config)
+    assert gpt_oss.read_config({name: config[name] for name in needed}) == a
+    assert [kind.window for kind in a.layers[:3]] == [128, None, 128]
+    assert a.rope.scaling == Yarn(32.0, 4096, truncate=False, attention_factor=0.1 * math.log(32) + 1)

@@ -6,6 +6,7 @@
 A mode is `resident` (every expert on the device), or a predictor (`none` is LRU on demand, the yardstick).
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,6 +21,8 @@ MODES = flags.DEFINE_list("modes", "resident,none,repeat,router,learned", "What 
 PROMPT = flags.DEFINE_multi_string("prompt", ["def main(argv):\n    "], "Prompts of the batch.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "Tokens of each run.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Runs of each mode, in turn, after one to warm up.")
+INFLATE = flags.DEFINE_integer("inflate", None, "Run a copy with experts so wide: same text, experts of megabytes.")
+INFLATE_FOLDER = flags.DEFINE_string("inflate_folder", None, "Where inflated copies are kept; default: the user cache.")
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the rows to this file.")
 
 
@@ -30,14 +33,30 @@ def main() -> None:
 
     if OUTPUT_JSON.value and not Path(OUTPUT_JSON.value).absolute().parent.is_dir():
         raise UserError(f"--output_json={OUTPUT_JSON.value}: its folder does not exist")
+    config = Config.from_dict(CONFIG.value.to_dict())
+    if INFLATE.value is not None:
+        config = inflate(config)
     with cli.status("loading the model"):
-        model = Model(Config.from_dict(CONFIG.value.to_dict()))
+        model = Model(config)
     with cli.status(f"{REPEATS.value + 1} runs of {', '.join(MODES.value)}"):
         rows = speed.compare(model, MODES.value, PROMPT.value, MAX_NEW_TOKENS.value, REPEATS.value)
     show(rows, model.config.offload.link_gbps > 0)
     if OUTPUT_JSON.value:
         Path(OUTPUT_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
     model.close()
+
+
+def inflate(config):
+    """The same configuration, of an inflated copy of its model."""
+    from moe_jax.evaluation.inflate import cache_folder, inflated
+    from moe_jax.inference.session import shipped
+
+    source, folder = config.checkpoint or shipped("model"), INFLATE_FOLDER.value or cache_folder()
+    with cli.status(f"inflating {source} into {folder}"):
+        _, bank = inflated(source, INFLATE.value, folder)
+    predictor = config.prefetch.checkpoint or ("" if config.checkpoint else str(shipped("predictor")))
+    prefetch = dataclasses.replace(config.prefetch, checkpoint=predictor)
+    return dataclasses.replace(config, checkpoint=str(bank), prefetch=prefetch)
 
 
 def show(rows: list[dict], simulated: bool) -> None:

@@ -123,14 +123,18 @@ class Predictor(Protocol):
 
     Both are pytrees of arrays. `apply` is jitted by its callers and called once per layer, in order; the layer is data,
     so that all layers share one executable.
-
-    `begin(params, state, embedding [B, D])`, where a predictor has it, is called before layer 0 of every decode step
-    with the embedding of the token that enters. It gives the prediction for layers 0..H-1 and the new memory, and is
-    the only one for layer 0 that knows the token. None: what layer L-1 of the token before predicted has to do.
     """
 
     name: str
-    begin: Callable[[Any, Any, jax.Array], tuple[Prediction, Any]] | None
+
+    @property
+    def begin(self) -> Callable[[Any, Any, jax.Array], tuple[Prediction, Any]] | None:
+        """`begin(params, state, embedding [B, D])`, called before layer 0 of every decode step with the embedding of
+        the token that enters: the prediction for layers 0..H-1 and the new memory.
+
+        It is the only prediction for layer 0 that knows the token. None: what the last layer predicted has to do.
+        """
+        ...
 
     def init(self, rng: jax.Array, spec: Spec, parts: ModelParts) -> Any:
         """Parameters (untrained)."""

@@ -85,8 +85,11 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.max_seq_len = max_seq_len or self.architecture.max_seq_len
         self.predictor, self.spec, self.predictor_params = predictor or (None, None, None)
+        self._begin = None  # what the predictor says before layer 0, from the token alone
         if self.predictor is not None:
             self._predict = jax.jit(self._predict_fn)
+            if self.predictor.begin is not None:
+                self._begin = jax.jit(self._begin_fn)
         self.record: Record | None = None
         ordinal = {layer: i for i, layer in enumerate(self.architecture.moe_layers)}
         # Every layer, and its number among those that have experts: what sources, predictors and records count by.
@@ -195,17 +198,26 @@ class Engine:
         positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None]
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
+        first = None
+        if self._begin is not None:
+            first, state.predictor = self._begin(self.predictor_params, state.predictor, x[:, 0], state.active)
         for index, layer in self.numbered:
             if layer is None:
                 x = stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
                 continue
             routed = stages.route(index, self.dense, state.rope, x, positions, state.kv)
+            if first is not None and layer == 0:
+                # Read once layer 0 is dispatched: copies start while its attention runs.
+                self.source.offer(-1, np.asarray(first))
             predicted = self._start_prediction(layer, routed, state)
             outputs = self._run_layer(layer, routed, np.asarray(routed.ids), state.active)
             x = stages.combine(routed.residual, outputs, routed.gates, x)
             if predicted is not None:
                 # Read after this layer's experts are dispatched: the demand never waits for the predictor.
                 probabilities = np.asarray(predicted)
+                if np.isnan(probabilities[0, 0]):
+                    assert self.predictor is not None
+                    raise UserError(f"predictor {self.predictor.name}: the run is not the one it was made for")
                 self.source.offer(layer, probabilities)
                 if self.record:
                     self.record.predicted.append(probabilities[0])
@@ -248,9 +260,13 @@ class Engine:
 
     def _predict_fn(self, params, state, features, active):
         assert self.predictor is not None
-        probability, state = self.predictor.apply(params, state, features)  # [B, H, E]
-        # P(some row needs the expert), rows taken as independent.
-        return 1 - jnp.prod(jnp.where(active[:, None, None], 1 - probability, 1.0), axis=0), state
+        prediction, state = self.predictor.apply(params, state, features)
+        return _any_row(prediction.probability, active), state
+
+    def _begin_fn(self, params, state, embedding, active):
+        assert self.predictor is not None and self.predictor.begin is not None
+        prediction, state = self.predictor.begin(params, state, embedding)
+        return _any_row(prediction.probability, active), state
 
     # ---- compilation -------------------------------------------------------------------------------------------
 
@@ -284,6 +300,10 @@ class Engine:
             stages.head(self.dense, x, np.zeros(B, np.int32)).block_until_ready()
         if self.predictor is not None:
             jax.block_until_ready(self.example_prediction(B)())
+            if self._begin is not None:
+                state = self.predictor.prime(self.spec, np.zeros((a.num_moe_layers, B, 1, a.top_k), np.int32))
+                embedding = jnp.zeros((B, a.d_model), stages.dtype)
+                jax.block_until_ready(self._begin(self.predictor_params, state, embedding, np.ones(B, bool)))
         return time.perf_counter() - began
 
     def example_prediction(self, batch: int) -> Callable[[], Any]:
@@ -296,6 +316,11 @@ class Engine:
         features = Features(np.int32(0), residual, zeros(a.num_experts), ids, zeros(a.top_k))
         state = self.predictor.prime(self.spec, np.zeros((a.num_moe_layers, batch, 1, a.top_k), np.int32))
         return lambda: self._predict(self.predictor_params, state, features, np.ones(batch, bool))
+
+
+def _any_row(probability: jax.Array, active: jax.Array) -> jax.Array:
+    """P(some active row needs the expert) [H, E] from [B, H, E], rows taken as independent."""
+    return 1 - jnp.prod(jnp.where(active[:, None, None], 1 - probability, 1.0), axis=0)
 
 
 def _power_of_two(n: int) -> int:

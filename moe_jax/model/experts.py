@@ -51,7 +51,10 @@ class ExpertSource(Protocol):
         ...
 
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
-        """Predicted P(needed), float32 [horizon, E], for layers `layer + 1, ...`, wrapping into the next token."""
+        """Predicted P(needed), float32 [horizon, E], for layers `layer + 1, ...`, wrapping into the next token.
+
+        Layer -1 means that layer 0 has not run yet: the first row is layer 0's.
+        """
         ...
 
     def close(self) -> None:

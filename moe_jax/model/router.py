@@ -36,10 +36,7 @@ class Router(nnx.Module):
 
 def choose(logits: jax.Array, r: Routing, correction: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Float32 logits [R, E] and a correction [E] to ids int32 [R, K], the first choice first, and gates [R, K]."""
-    scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "softmax_chosen": lambda x: x}[r.scoring](logits)
-    ranked = scores if correction is None else scores + correction
-    if r.num_groups > 1:
-        ranked = jnp.where(_kept(ranked, r), ranked, -jnp.inf)
+    scores, ranked = rank(logits, r, correction)
     gates, ids = jax.lax.top_k(ranked, r.top_k)
     if correction is not None:
         gates = jnp.take_along_axis(scores, ids, axis=-1)
@@ -48,6 +45,15 @@ def choose(logits: jax.Array, r: Routing, correction: jax.Array | None = None) -
     elif r.renormalise:
         gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)  # sigmoids may all be 0; nothing to a softmax
     return ids, gates if r.scale == 1.0 else gates * r.scale
+
+
+def rank(logits: jax.Array, r: Routing, correction: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Scores, which gates are made of, and what experts are ranked by (-inf outside the kept groups), each [R, E]."""
+    scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "softmax_chosen": lambda x: x}[r.scoring](logits)
+    ranked = scores if correction is None else scores + correction
+    if r.num_groups > 1:
+        ranked = jnp.where(_kept(ranked, r), ranked, -jnp.inf)
+    return scores, ranked
 
 
 def _kept(scores: jax.Array, r: Routing) -> jax.Array:

@@ -25,7 +25,10 @@ class Outlook:
         self._distance = steps.astype(np.float32)
 
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
-        """Predictions [H, E] for the layers after `layer`, wrapping; they replace earlier ones for these layers."""
+        """Predictions [H, E] for the layers after `layer`, wrapping; they replace earlier ones for these layers.
+
+        Layer -1 means before layer 0: the rows are those of the last layer, layer 0's first.
+        """
         targets = self._ahead[layer, : len(probabilities)]
         self._value[targets] = probabilities[: len(targets)]
 

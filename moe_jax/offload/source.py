@@ -163,8 +163,12 @@ class OffloadedExperts:
         self._loader.release([(layer, int(expert)) for expert in experts], after)
 
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
-        """Predicted P(needed), float32 [horizon, E], for layers `layer + 1, ...`, wrapping into the next token."""
-        self._loader.trace.predict(probabilities)
+        """Predicted P(needed), float32 [horizon, E], for layers `layer + 1, ...`, wrapping into the next token.
+
+        Layer -1: made from the token alone, before layer 0 has run.
+        """
+        if layer >= 0:  # a trace keeps what was predicted after a step; before layer 0 there is none
+            self._loader.trace.predict(probabilities)
         self._loader.offer(layer, probabilities)
 
     def resident(self) -> list[ExpertWeights]:

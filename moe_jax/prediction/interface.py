@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.model.architecture import Architecture
+from moe_jax.model.architecture import Architecture, Routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +26,10 @@ class Spec:
 
     num_layers: int
     num_experts: int
-    top_k: int
     d_model: int
     norm_eps: float
     horizon: int
+    routing: Routing
 
     def __post_init__(self):
         if not 1 <= self.horizon <= self.num_layers:
@@ -40,7 +41,16 @@ class Spec:
     @classmethod
     def of(cls, a: Architecture, horizon: int) -> Spec:
         """The spec of a model of architecture `a`."""
-        return cls(a.num_moe_layers, a.num_experts, a.top_k, a.d_model, a.norm_eps, horizon)
+        return cls(a.num_moe_layers, a.num_experts, a.d_model, a.norm_eps, horizon, a.routing)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Spec:
+        """From what `dataclasses.asdict` made of one."""
+        return cls(**{**values, "routing": Routing(**values["routing"])})
+
+    @property
+    def top_k(self) -> int:
+        return self.routing.top_k
 
     @property
     def prior(self) -> float:
@@ -55,31 +65,57 @@ class Features(NamedTuple):
     residual: jax.Array  # [B, D], after attention and the shared expert are added, before the routed experts
     logits: jax.Array  # [B, E] float32 router logits
     ids: jax.Array  # [B, K] int32
-    gates: jax.Array  # [B, K] float32
+    gates: jax.Array  # [B, K] float32, as the model uses them: scaled, renormalised or not
+
+
+class Prediction(NamedTuple):
+    """Of every layer up to the horizon, float32 [B, H, E]."""
+
+    probability: jax.Array  # P(expert is among the true top K); NaN: the predictor does not belong to this run
+    logits: jax.Array  # estimate of the target's router logits: `model.router.choose` makes ids and gates of them
 
 
 class ModelParts(NamedTuple):
-    """The few weights of a model that predictors look at, float32."""
+    """The few weights of a model that predictors look at, float32; what a model does not have is None."""
 
     routers: np.ndarray  # [L, E, D]
     expert_norms: np.ndarray  # [L, D]
+    router_biases: np.ndarray | None = None  # [L, E]
+    corrections: np.ndarray | None = None  # [L, E], added to the scores for the choice only
 
     @classmethod
     def of(cls, dense: Any) -> ModelParts:
         """From dense weights: the pure dict of `layers.Decoder`, of any dtype, on the host or on a device."""
         layers = [layer for _, layer in sorted(dense["layers"].items()) if "router" in layer]
-        stack = lambda name: np.stack([np.asarray(layer[name]["weight"]).astype(np.float32) for layer in layers])
-        return cls(stack("router"), stack("expert_norm"))
+
+        def stack(module: str, name: str) -> np.ndarray | None:
+            found = [layer[module].get(name) for layer in layers]
+            return None if found[0] is None else np.stack([np.asarray(x).astype(np.float32) for x in found])
+
+        routers, norms = stack("router", "weight"), stack("expert_norm", "weight")
+        assert routers is not None and norms is not None
+        return cls(routers, norms, stack("router", "bias"), stack("router", "correction_bias"))
 
 
 def fingerprint(spec: Spec, parts: ModelParts) -> str:
     """Identifies a model by its sizes and routers, whatever the dtype it is loaded in and whatever the horizon."""
-    sizes = dataclasses.replace(spec, horizon=1)
+    sizes = dataclasses.asdict(dataclasses.replace(spec, horizon=1))
+    # A way of routing that a later version adds does not change the models that lack it.
+    defaults = {field.name: field.default for field in dataclasses.fields(Routing)}
+    sizes["routing"] = {name: value for name, value in sizes["routing"].items() if value != defaults[name]}
     digest = hashlib.sha256(repr(sizes).encode())
     for array in parts:
         # Rounded, so that a float32 checkpoint is the same model when it runs in bfloat16.
-        digest.update(array.astype(ml_dtypes.bfloat16).tobytes())
+        digest.update(b"none" if array is None else array.astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the model chooses experts, as part of a predictor's parameters: data to nobody, part of what is compiled."""
+
+    routing: Routing
 
 
 class Predictor(Protocol):
@@ -90,6 +126,15 @@ class Predictor(Protocol):
     """
 
     name: str
+
+    @property
+    def begin(self) -> Callable[[Any, Any, jax.Array], tuple[Prediction, Any]] | None:
+        """`begin(params, state, embedding [B, D])`, called before layer 0 of every decode step with the embedding of
+        the token that enters: the prediction for layers 0..H-1 and the new memory.
+
+        It is the only prediction for layer 0 that knows the token. None: what the last layer predicted has to do.
+        """
+        ...
 
     def init(self, rng: jax.Array, spec: Spec, parts: ModelParts) -> Any:
         """Parameters (untrained)."""
@@ -103,8 +148,8 @@ class Predictor(Protocol):
         """The memory after prompts: ids int [L, B, T, K] of their tokens, -1 where a row has no token."""
         ...
 
-    def apply(self, params: Any, state: Any, features: Features) -> tuple[jax.Array, Any]:
-        """P(expert is among the true top K), float32 [B, H, E], and the new memory."""
+    def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
+        """The prediction for the layers after this one, and the new memory."""
         ...
 
 

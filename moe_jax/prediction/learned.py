@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.prediction.interface import Features, ModelParts, Spec, last_ids, multi_hot, targets
+from moe_jax.model.architecture import Routing
+from moe_jax.prediction.interface import Features, ModelParts, Prediction, Spec, last_ids, multi_hot, targets
 
 
 class Network(nnx.Module):
@@ -71,7 +72,7 @@ def boundary(logits: jax.Array, top_k: int) -> jax.Array:
 
 def _graph() -> Any:
     # The structure has no sizes in it, so that of the smallest network serves all.
-    tiny = Spec(num_layers=1, num_experts=1, top_k=1, d_model=1, norm_eps=0.0, horizon=1)
+    tiny = Spec(num_layers=1, num_experts=1, d_model=1, norm_eps=0.0, horizon=1, routing=Routing(top_k=1))
     return nnx.graphdef(nnx.eval_shape(lambda: Network(tiny, 1, rngs=nnx.Rngs(0))))
 
 
@@ -79,6 +80,7 @@ class Learned:
     """The predictor around the network. State: the experts that the last token used in each layer, int32 [B, L, K]."""
 
     name = "learned"
+    begin = None
 
     def __init__(self, hidden: int = 24):
         self.hidden = hidden
@@ -99,7 +101,7 @@ class Learned:
     def prime(self, spec: Spec, ids: np.ndarray) -> Any:
         return {"last": jnp.asarray(last_ids(ids))}
 
-    def apply(self, params: Any, state: Any, features: Features) -> tuple[jax.Array, Any]:
+    def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
         tables = jax.tree.map(lambda table: table[features.layer], params["network"])
         H, E = tables["previous"].shape[:2]
         last = state["last"].at[:, features.layer].set(features.ids)
@@ -107,7 +109,8 @@ class Learned:
         gates = (jax.nn.one_hot(features.ids, E) * features.gates[..., None]).sum(-2)
         x = normalise(features.residual, params["eps"])
         logits = nnx.merge(self._graph, tables)(x, gates, multi_hot(last[:, ahead], E), features.ids.shape[1])
-        return jax.nn.sigmoid(logits), {"last": last}
+        # What tells members from the rest has about the scale of the router's own logits.
+        return Prediction(jax.nn.sigmoid(logits), logits), {"last": last}
 
     @staticmethod
     def multiply_adds(params: Any) -> int:

@@ -102,7 +102,8 @@ def _run(predictor: Predictor, params: Any, spec: Spec, state: Any, activations:
         here = logits[s].astype(jnp.float32)
         gates = jax.nn.softmax(jnp.take_along_axis(here, ids[s], axis=-1), axis=-1)
         features = Features(layer, residual[s].astype(jnp.float32), here, ids[s], gates)
-        probability, state = predictor.apply(params, state, features)  # [W, H, E]
+        prediction, state = predictor.apply(params, state, features)
+        probability = prediction.probability  # [W, H, E]
         true = jax.lax.dynamic_slice_in_dim(future, s + 1, H).swapaxes(0, 1)  # [W, H, K]
         target_token = (s + 1 + jnp.arange(H)) // L
         counted = (target_token < activations.lengths[:, None]) & (token > 0)  # [W, H]

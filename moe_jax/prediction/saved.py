@@ -49,7 +49,7 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
         card = json.loads((directory / "predictor.json").read_text())
         if card["schema"] != SCHEMA:
             raise UserError(f"predictor {directory} has another format; train it again with train_predictor.py")
-        trained, trained_for = Spec(**card["spec"]), card["model"]
+        trained, trained_for = Spec.from_dict(card["spec"]), card["model"]
     except FileNotFoundError:
         raise UserError(f"{directory} holds no trained predictor; make one with train_predictor.py") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -11,6 +11,7 @@ from moe_jax.inference.engine import Engine, Record
 from moe_jax.inference.grouping import arities, assign, bucket
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.model.decoder import Stages, device_weights
+from moe_jax.prediction import predictors
 from tests import reference
 from tests.tiny import SIZES, TINY, write_tiny
 
@@ -46,6 +47,38 @@ def greedy(engine: Engine, rows, steps: int) -> np.ndarray:
 
 def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+
+
+class Watched(ResidentExperts):
+    """Keeps what it is offered, and what had been requested by then."""
+
+    def __init__(self, checkpoint):
+        super().__init__(checkpoint)
+        self.requested, self.offered = 0, []
+
+    def request(self, layer, experts):
+        self.requested += 1
+        return super().request(layer, experts)
+
+    def offer(self, layer, probabilities):
+        self.offered.append((self.requested, layer, np.array(probabilities)))
+
+
+def test_a_predictor_speaks_before_layer_0_has_stated_its_needs(model):
+    directory, a, plain = model
+    checkpoint = HFCheckpoint(directory)
+    source, dense = Watched(checkpoint), plain.dense
+    engine = Engine(plain.stages, dense, source, predictors.load("router", 2, "", a, checkpoint.dense()))
+    [prompt] = prompts([5])
+    logits, state = engine.prefill([prompt], 2)
+    source.requested, source.offered = 0, []
+    decoded = engine.decode(np.array([7], np.int32), state)
+    assert [(n, layer) for n, layer, _ in source.offered] == [(max(i, 0), i - 1) for i in range(a.num_layers + 1)]
+    spec, params, router = engine.spec, engine.predictor_params, predictors.Router()
+    expected, _ = router.begin(params, router.init_state(spec, 1), dense["embedding"][jnp.array([7])])
+    np.testing.assert_allclose(source.offered[0][2], expected.probability[0], atol=1e-6)
+    _, state = plain.prefill([prompt], 2)
+    assert np.asarray(decoded).tobytes() == np.asarray(plain.decode(np.array([7], np.int32), state)).tobytes()
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 33, 140])

@@ -44,6 +44,14 @@ def test_predictions_of_the_last_layers_wrap():
     assert o.best(L - 1, 0.0) == ((1, 2), pytest.approx(0.8))
 
 
+def test_layer_minus_one_is_before_layer_0():
+    o = outlook()
+    o.offer(-1, predictions({1: 0.9}, {2: 0.8}))
+    assert o.best(L - 1, 0.0) == ((0, 1), pytest.approx(0.9))
+    o.passed(0)
+    assert o.best(0, 0.0) == ((1, 2), pytest.approx(0.8))
+
+
 def test_what_is_held_is_no_candidate_until_it_is_gone():
     o = outlook()
     o.offer(0, predictions({1: 0.9, 2: 0.8}))

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_jax.model.architecture import Routing
 from moe_jax.prediction.activation_log import ActivationLog
 from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
 from moe_jax.prediction.texts import Windows
 
-SPEC = Spec(num_layers=3, num_experts=6, top_k=2, d_model=12, norm_eps=1e-5, horizon=3)
+SPEC = Spec(num_layers=3, num_experts=6, d_model=12, norm_eps=1e-5, horizon=3, routing=Routing(top_k=2))
 
 
 def parts(spec: Spec = SPEC, seed: int = 0) -> ModelParts:

@@ -6,6 +6,7 @@ import numpy as np
 
 from moe_jax.prediction import metrics, predictors
 from moe_jax.prediction.interface import Features
+from moe_jax.prediction.membership import from_probability
 from tests.prediction.synthetic import SPEC, activations, parts, written_log
 from tests.prediction.test_predictors import run
 
@@ -24,7 +25,7 @@ class Oracle(predictors.Router):
     def apply(self, params, state, features: Features):
         ahead = jnp.minimum(state + jnp.arange(1, SPEC.horizon + 1), len(self.ids) - 1)
         hot = jax.nn.one_hot(self.ids[ahead], SPEC.num_experts).sum(-2).swapaxes(0, 1)
-        return hot * self.certainty, state + 1
+        return from_probability(hot * self.certainty), state + 1
 
 
 def test_recall_and_brier_by_hand(tmp_path):

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from moe_jax.checkpoint.families import mixtral
 from moe_jax.errors import UserError
+from moe_jax.model.architecture import Routing
+from moe_jax.model.router import choose
 from moe_jax.prediction import predictors, saved
 from moe_jax.prediction.interface import Features, ModelParts, Spec, fingerprint, last_ids, multi_hot
 from tests.prediction.synthetic import SPEC, activations, parts
@@ -37,8 +39,8 @@ def run(predictor, arrays, spec=SPEC, params=None):
             chosen = ids[:, layer, t].astype(jnp.int32)
             gates = jax.nn.softmax(jnp.take_along_axis(logits[:, layer, t], chosen, axis=-1))
             features = Features(np.int32(layer), residual[:, layer, t], logits[:, layer, t], chosen, gates)
-            probability, state = apply(params, state, features)
-            out.append(np.asarray(probability))
+            prediction, state = apply(params, state, features)
+            out.append(np.asarray(prediction.probability))
     return np.stack(out, axis=1).reshape(W, T, L, *out[0].shape[1:]), state, len(traced)
 
 
@@ -87,6 +89,43 @@ def test_router_is_the_target_layers_router_on_this_residual():
             np.testing.assert_allclose(ours.sum(-1), SPEC.top_k, atol=1e-3)
 
 
+def test_before_layer_0_the_router_looks_at_the_embedding():
+    router, embedding = predictors.Router(), activations(SPEC, parts(), 2, 1)[0][:, 0, 0]
+    params = router.init(jax.random.key(0), SPEC, parts())
+    begun, state = router.begin(params, router.init_state(SPEC, 2), jnp.asarray(embedding))
+    normed = embedding / np.sqrt((embedding**2).mean(-1, keepdims=True) + SPEC.norm_eps)
+    expected = np.einsum("bd,hed->bhe", normed, parts().routers * parts().expert_norms[:, None])  # layers 0, 1, 2
+    np.testing.assert_allclose(begun.logits, expected, atol=1e-5)
+
+
+ROUTINGS = [
+    Routing(2, "softmax"),
+    Routing(3, "softmax_chosen", bias=True),
+    Routing(2, "sigmoid", renormalise=False, correction_bias=True, num_groups=3, groups_kept=2, group_score="top2"),
+    Routing(2, "softmax", renormalise=False, num_groups=2, groups_kept=1, scale=16.0),
+]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.scoring)
+def test_the_router_ranks_as_the_model_chooses(routing):
+    """Biases, corrections and groups of the target layers count: at horizon L the target is the layer itself."""
+    rng = np.random.default_rng(0)
+    spec = dataclasses.replace(SPEC, routing=routing)
+    bias, correction = rng.normal(size=(2, SPEC.num_layers, SPEC.num_experts)).astype(np.float32)
+    model = parts()._replace(
+        router_biases=bias if routing.bias else None, corrections=correction if routing.correction_bias else None
+    )
+    router, residual = predictors.Router(), rng.normal(size=(40, SPEC.d_model)).astype(np.float32)
+    nothing = Features(np.int32(1), jnp.asarray(residual), *[jnp.zeros((40, 1))] * 3)
+    prediction, _ = router.apply(router.init(jax.random.key(0), spec, model), (), nothing)
+    normed = residual / np.sqrt((residual**2).mean(-1, keepdims=True) + SPEC.norm_eps) * model.expert_norms[1]
+    logits = normed @ model.routers[1].T + (bias[1] if routing.bias else 0)
+    np.testing.assert_allclose(prediction.logits[:, -1], logits, atol=1e-5)
+    ids, _ = choose(jnp.asarray(logits), routing, jnp.asarray(correction[1]) if routing.correction_bias else None)
+    ranked = jax.lax.top_k(prediction.probability[:, -1], routing.top_k)[1]
+    np.testing.assert_array_equal(ranked, ids)
+
+
 def test_repeat_names_the_last_tokens_experts_and_after_the_wrap_this_tokens():
     ids = activations(SPEC, parts(), 2, 6)[2]
     p, _, _ = run(predictors.Repeat(), activations(SPEC, parts(), 2, 6))
@@ -130,12 +169,12 @@ def test_last_ids_skips_padding(lengths):
 
 def test_the_fingerprint_ignores_dtype_and_horizon_only():
     model = parts()
-    half = ModelParts(*(x.astype(ml_dtypes.bfloat16).astype(np.float32) for x in model))
+    half = ModelParts(*(x.astype(ml_dtypes.bfloat16).astype(np.float32) for x in model[:2]))
     other = ModelParts(model.routers[::-1], model.expert_norms)
     same = fingerprint(SPEC, model)
     assert same == fingerprint(SPEC, half) == fingerprint(dataclasses.replace(SPEC, horizon=1), model)
     assert same != fingerprint(SPEC, other)
-    assert same != fingerprint(dataclasses.replace(SPEC, top_k=1), model)
+    assert same != fingerprint(dataclasses.replace(SPEC, routing=Routing(top_k=1)), model)
 
 
 ARCHITECTURE = mixtral.architecture(
@@ -153,7 +192,7 @@ ARCHITECTURE = mixtral.architecture(
 
 
 def dense(model: ModelParts):
-    pairs = zip(*model, strict=True)
+    pairs = zip(*model[:2], strict=True)
     return {"layers": {i: {"router": {"weight": r}, "expert_norm": {"weight": n}} for i, (r, n) in enumerate(pairs)}}
 
 
@@ -170,8 +209,8 @@ def test_load_finds_every_predictor(tmp_path):
         features = Features(
             np.int32(1), jnp.ones((1, 12)), jnp.ones((1, 6)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2))
         )
-        p, _ = jax.eval_shape(found[0].apply, found[2], found[0].init_state(found[1], 1), features)
-        assert p.shape == (1, 2, SPEC.num_experts)
+        prediction, _ = jax.eval_shape(found[0].apply, found[2], found[0].init_state(found[1], 1), features)
+        assert prediction.probability.shape == prediction.logits.shape == (1, 2, SPEC.num_experts)
 
 
 @pytest.mark.parametrize(

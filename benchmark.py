@@ -35,7 +35,7 @@ def main() -> None:
         raise UserError(f"--output_json={OUTPUT_JSON.value}: its folder does not exist")
     config = Config.from_dict(CONFIG.value.to_dict())
     if INFLATE.value is not None:
-        config = inflate(config)
+        config = inflate(config, INFLATE.value)
     with cli.status("loading the model"):
         model = Model(config)
     with cli.status(f"{REPEATS.value + 1} runs of {', '.join(MODES.value)}"):
@@ -46,14 +46,14 @@ def main() -> None:
     model.close()
 
 
-def inflate(config):
-    """The same configuration, of an inflated copy of its model."""
+def inflate(config, width: int):
+    """The same configuration, of a copy of its model inflated to this expert hidden width."""
     from moe_jax.evaluation.inflate import cache_folder, inflated
     from moe_jax.inference.session import shipped
 
     source, folder = config.checkpoint or shipped("model"), INFLATE_FOLDER.value or cache_folder()
     with cli.status(f"inflating {source} into {folder}"):
-        _, bank = inflated(source, INFLATE.value, folder)
+        _, bank = inflated(source, width, folder)
     predictor = config.prefetch.checkpoint or ("" if config.checkpoint else str(shipped("predictor")))
     prefetch = dataclasses.replace(config.prefetch, checkpoint=predictor)
     return dataclasses.replace(config, checkpoint=str(bank), prefetch=prefetch)

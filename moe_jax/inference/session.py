@@ -27,7 +27,7 @@ from moe_jax.prediction import predictors
 
 
 def shipped(name: str) -> Path:
-    """Path of something that ships with the package: "model", "predictor" or "held_out"."""
+    """Path of something that ships with the package: "model", "predictor", "held_out" or "development"."""
     return Path(str(resources.files("moe_jax"))) / "shipped" / name
 
 

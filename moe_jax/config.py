@@ -14,7 +14,16 @@ from moe_jax.errors import UserError
 _CHOICES: dict[str, tuple[str, ...]] = {
     "offload.tier": ("none", "host"),
     "offload.policy": ("lru",),
-    "prefetch.predictor": ("none", "random", "frequency", "repeat", "router", "learned"),
+    "prefetch.predictor": (
+        "none",
+        "random",
+        "frequency",
+        "repeat",
+        "router",
+        "default_vector",
+        "learned",
+        "oracle",
+    ),
     "execution": ("exact",),
     "dtype": ("float32", "bfloat16"),
 }

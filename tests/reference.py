@@ -19,8 +19,14 @@ def read(directory: Path) -> dict[str, np.ndarray]:
         return {name: np.asarray(file.get_tensor(name), np.float64) for name in file.keys()}  # noqa: SIM118
 
 
-def forward(a: Architecture, w: dict[str, np.ndarray], tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [T, V] after each token, and the chosen experts [L, T, K]."""
+def forward(
+    a: Architecture, w: dict[str, np.ndarray], tokens: list[int], seen: list[tuple[np.ndarray, ...]] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [T, V] after each token, and the chosen experts [L, T, K].
+
+    `seen` gets, for every layer, the residual after attention [T, D], the gates [T, E] (0 where not chosen) and the
+    outputs of all experts [T, E, D].
+    """
     norm = lambda x, weight: weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + a.norm_eps)
     silu = lambda x: x / (1 + np.exp(-x))
     assert isinstance(a.attention, GroupedQuery)
@@ -54,9 +60,13 @@ def forward(a: Architecture, w: dict[str, np.ndarray], tokens: list[int]) -> tup
         gates = np.zeros_like(probability)
         np.put_along_axis(gates, ids, np.take_along_axis(probability, ids, -1), -1)
         gates /= gates.sum(-1, keepdims=True)
+        outputs = []
         for e in range(a.num_experts):
             w1, w2, w3 = (w[f"{p}block_sparse_moe.experts.{e}.w{i}.weight"] for i in (1, 2, 3))
-            x = x + gates[:, e : e + 1] * ((silu(h @ w1.T) * (h @ w3.T)) @ w2.T)
+            outputs.append((silu(h @ w1.T) * (h @ w3.T)) @ w2.T)
+        if seen is not None:
+            seen.append((x, gates, np.stack(outputs, 1)))
+        x = x + np.einsum("te,ted->td", gates, np.stack(outputs, 1))
         chosen.append(ids)
     head = w["model.embed_tokens.weight"] if a.tie_embeddings else w["lm_head.weight"]
     return norm(x, w["model.norm.weight"]) @ head.T, np.stack(chosen)

@@ -24,8 +24,9 @@ from moe_jax.model.experts import ExpertSource, ExpertWeights
 from moe_jax.prediction.predictors import Features
 
 SMALL_CHUNK = 32
-Sink = Callable[[int, int, Routed], None]
-"""Receives (layer among those with experts, chunk, Routed) during prefill; rows are [B, Tc] flattened."""
+Sink = Callable[[int, int, Routed, jax.Array], None]
+"""Receives (layer among those with experts, chunk, Routed, outputs of the experts [R * K, D]) during prefill, when the
+layer's experts have run; rows are [B, Tc] flattened."""
 
 
 @dataclasses.dataclass
@@ -84,17 +85,21 @@ class Engine:
         self.architecture: Architecture = stages.architecture
         self.prefill_chunk = prefill_chunk
         self.max_seq_len = max_seq_len or self.architecture.max_seq_len
+        self.use_predictor(predictor)
+        self.record: Record | None = None
+        ordinal = {layer: i for i, layer in enumerate(self.architecture.moe_layers)}
+        # Every layer, and its number among those that have experts: what sources, predictors and records count by.
+        self.numbered = [(layer, ordinal.get(layer)) for layer in range(self.architecture.num_layers)]
+        self._single = [np.zeros((size, 1), np.int32) for size in range(9)]
+
+    def use_predictor(self, predictor: tuple[Any, Any, Any] | None) -> None:
+        """Replaces the predictor, its spec and its parameters; `compile` again before the next request."""
         self.predictor, self.spec, self.predictor_params = predictor or (None, None, None)
         self._begin = None  # what the predictor says before layer 0, from the token alone
         if self.predictor is not None:
             self._predict = jax.jit(self._predict_fn)
             if self.predictor.begin is not None:
                 self._begin = jax.jit(self._begin_fn)
-        self.record: Record | None = None
-        ordinal = {layer: i for i, layer in enumerate(self.architecture.moe_layers)}
-        # Every layer, and its number among those that have experts: what sources, predictors and records count by.
-        self.numbered = [(layer, ordinal.get(layer)) for layer in range(self.architecture.num_layers)]
-        self._single = [np.zeros((size, 1), np.int32) for size in range(9)]
 
     # ---- prefill -----------------------------------------------------------------------------------------------
 
@@ -158,8 +163,6 @@ class Engine:
             routed = []
             for c in range(chunks):
                 routed.append(call(stages.route, c))
-                if sink:
-                    sink(layer, c, routed[c])
             ids = [np.asarray(r.ids) for r in routed]
             ids_by_layer.append(np.concatenate([i.reshape(B, Tc, -1) for i in ids], axis=1))
             outputs = [r.outputs for r in routed]
@@ -177,6 +180,9 @@ class Engine:
                         outputs[c], after = stages.experts(outputs[c], routed[c].h, rows, slots, weights)
                 assert after is not None
                 self.source.release(layer, [expert], after)
+            if sink:
+                for c in range(chunks):
+                    sink(layer, c, routed[c], outputs[c])
             x = [stages.combine(r.residual, o, r.gates, xc) for r, o, xc in zip(routed, outputs, x, strict=True)]
 
         last = np.maximum(lengths - 1, 0)

@@ -97,17 +97,35 @@ class ModelParts(NamedTuple):
         return cls(routers, norms, stack("router", "bias"), stack("router", "correction_bias"))
 
 
-def fingerprint(spec: Spec, parts: ModelParts) -> str:
-    """Identifies a model by its sizes and routers, whatever the dtype it is loaded in and whatever the horizon."""
-    sizes = dataclasses.asdict(dataclasses.replace(spec, horizon=1))
-    # A way of routing that a later version adds does not change the models that lack it.
-    defaults = {field.name: field.default for field in dataclasses.fields(Routing)}
-    sizes["routing"] = {name: value for name, value in sizes["routing"].items() if value != defaults[name]}
-    digest = hashlib.sha256(repr(sizes).encode())
-    for array in parts:
-        # Rounded, so that a float32 checkpoint is the same model when it runs in bfloat16.
-        digest.update(b"none" if array is None else array.astype(ml_dtypes.bfloat16).tobytes())
+SAMPLE = 65536  # values of a dense array that the fingerprint looks at
+
+
+def fingerprint(a: Architecture, dense: Any) -> str:
+    """Identifies a model by its architecture and dense weights, whatever the dtype it is loaded in.
+
+    Neither the experts' weights nor their width count: predictors know them by what they do to the residual, and a copy
+    with inflated experts (`moe_jax/evaluation/inflate.py`) is the same model to them.
+
+    Args:
+      a: architecture.
+      dense: pure dict of `layers.Decoder`, of any dtype, on the host or on a device.
+    """
+    same = dataclasses.replace(a, experts=dataclasses.replace(a.experts, ff=0))
+    digest = hashlib.sha256(_plain(same).encode())
+    for path, array in jax.tree_util.tree_leaves_with_path(dense):
+        flat = np.asarray(array).reshape(-1)
+        # Rounded, so that a float32 checkpoint is the same model when it runs in bfloat16. A sample tells models apart.
+        sample = flat[:: -(-flat.size // SAMPLE)].astype(ml_dtypes.bfloat16)
+        digest.update(jax.tree_util.keystr(path).encode() + sample.tobytes())
     return digest.hexdigest()
+
+
+def _plain(value: Any) -> str:
+    """A description without the fields that are at their defaults: one that a later version adds changes nothing."""
+    if not dataclasses.is_dataclass(value):
+        return f"({', '.join(map(_plain, value))})" if isinstance(value, tuple) else repr(value)
+    fields = [f for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
+    return f"{type(value).__name__}({', '.join(f'{f.name}={_plain(getattr(value, f.name))}' for f in fields)})"
 
 
 @jax.tree_util.register_static

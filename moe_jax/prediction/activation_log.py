@@ -137,7 +137,7 @@ class ActivationLog:
                     raise self._unreadable(shard, error) from None
             picked.append([array[row] for array in self._open[shard]])
         columns = [np.stack(column) for column in zip(*picked, strict=True)]
-        return Activations(*columns, self.windows.lengths[np.asarray(windows)])
+        return Activations._make([*columns, self.windows.lengths[np.asarray(windows)]])
 
     def outputs(self) -> Outputs:
         """Sums over all shards, float64: the same whatever the order they were written in."""

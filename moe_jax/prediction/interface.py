@@ -19,6 +19,8 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture, Routing
 
+Array = jax.Array | np.ndarray
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -62,10 +64,10 @@ class Features(NamedTuple):
     """What layer l knows once its router has run."""
 
     layer: Any  # int32 []
-    residual: jax.Array  # [B, D], after attention and the shared expert are added, before the routed experts
-    logits: jax.Array  # [B, E] float32 router logits
-    ids: jax.Array  # [B, K] int32
-    gates: jax.Array  # [B, K] float32, as the model uses them: scaled, renormalised or not
+    residual: Array  # [B, D], after attention and the shared expert are added, before the routed experts
+    logits: Array  # [B, E] float32 router logits
+    ids: Array  # [B, K] int32
+    gates: Array  # [B, K] float32, as the model uses them: scaled, renormalised or not
 
 
 class Prediction(NamedTuple):
@@ -176,7 +178,7 @@ def targets(offsets: jax.Array, layer: Any, num_layers: int) -> jax.Array:
     return (layer + offsets) % num_layers
 
 
-def multi_hot(ids: jax.Array, num_experts: int) -> jax.Array:
+def multi_hot(ids: Array, num_experts: int) -> jax.Array:
     """ids [..., K] to 0 and 1, float32 [..., E]; -1 sets nothing."""
     return jax.nn.one_hot(ids, num_experts, dtype=jnp.float32).sum(-2)
 

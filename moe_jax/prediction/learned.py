@@ -18,7 +18,7 @@ from flax import nnx
 
 from moe_jax.model.architecture import Routing
 from moe_jax.prediction.activation_log import Activations
-from moe_jax.prediction.interface import Features, ModelParts, Prediction, Spec, last_ids, multi_hot, targets
+from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Spec, last_ids, multi_hot, targets
 
 
 class Network(nnx.Module):
@@ -123,9 +123,9 @@ class Learned:
         return jax.vmap(lambda tables, *xs: nnx.merge(self._graph, tables)(*xs, top_k))(network, *inputs)
 
 
-def normalise(residual: jax.Array, eps: Any) -> jax.Array:
+def normalise(residual: Array, eps: Any) -> jax.Array:
     """RMS norm without a weight, float32."""
-    x = residual.astype(jnp.float32)
+    x = jnp.asarray(residual, jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 

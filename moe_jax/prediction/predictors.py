@@ -28,7 +28,7 @@ TRAINED: dict[str, Predictor] = {p.name: p for p in (DefaultVector(), Learned())
 def params_of(name: str, spec: Spec, parts: ModelParts, weights: dict[str, Any], seed: int = 0) -> Any:
     """Parameters of a predictor of this name; `weights` are those of `saved.load`, empty without a trained one."""
     if name == DefaultVector.name:
-        return Router().init(jax.random.key(seed), spec, parts) | {"vectors": weights["vectors"]}
+        return Router().init(jax.random.key(seed), spec, parts) | {"vectors": jnp.asarray(weights["vectors"])}
     if name == Learned.name:
         return {"network": weights["network"], "eps": jnp.float32(spec.norm_eps)}
     return BASELINES[name].init(jax.random.key(seed), spec, parts)

@@ -327,7 +327,9 @@ class Engine:
         if self.predictor is not None:
             predict = self.example_prediction(B)
             jax.block_until_ready(predict())
-            self.prediction_s = a.num_moe_layers * min(timeit.repeat(lambda: jax.block_until_ready(predict()), number=1))
+            self.prediction_s = a.num_moe_layers * min(
+                timeit.repeat(lambda: jax.block_until_ready(predict()), number=1)
+            )
             if self._begin is not None:
                 state = self.predictor.prime(self.spec, np.zeros((a.num_moe_layers, B, 1, a.top_k), np.int32))
                 embedding = jnp.zeros((B, a.d_model), stages.dtype)

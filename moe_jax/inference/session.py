@@ -128,9 +128,12 @@ class Model:
         for _, piece in self.start([prompt], max_new_tokens, sampling):
             yield piece
 
-    def metrics(self, generation: Generation) -> dict[str, Any]:
-        """Every number of design.md for what `generation` has done so far; null where it does not apply."""
-        return metrics.measure(generation, self.compile_s, self.config.offload.link_gbps)
+    def metrics(self, generation: Generation, bounds: bool = True) -> dict[str, Any]:
+        """Every number of design.md for what `generation` has done so far; null where it does not apply.
+
+        `bounds`: measure them too, which needs a bank that can be read.
+        """
+        return metrics.measure(generation, self.compile_s, self.config.offload.link_gbps, bounds)
 
     def close(self) -> None:
         """Stops background work."""

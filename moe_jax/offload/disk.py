@@ -150,7 +150,10 @@ class _File:
     def _read(self, part: np.ndarray, offset: int) -> None:
         view, at = memoryview(part), offset
         while view:
-            count = os.preadv(self._handle, [view], at)
+            try:
+                count = os.preadv(self._handle, [view], at)
+            except OSError as error:
+                raise OSError(error.errno, os.strerror(error.errno or 0), str(self._path)) from None
             if not count:
                 raise OSError(f"{self._path} ended at byte {at}: it was truncated; convert the checkpoint again")
             view, at = view[count:], at + count

@@ -25,15 +25,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.errors import LoadError
 from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.benefit import Benefit
 from moe_jax.offload.outlook import Outlook
 from moe_jax.offload.store import ArrayStore
 from moe_jax.trace import Cause, Load, Outcome, Trace
-
-
-class LoadError(RuntimeError):
-    """A copy to the device failed; names the expert. Taking the expert again tries again."""
 
 
 class Loader:
@@ -300,7 +297,7 @@ class Loader:
         self._outlook.hold(key, False)
         self._outlook.forget(key)
         if key in self._pending or key in self._wanted:
-            failure = LoadError(f"copying layer {key[0]} expert {key[1]} to the device failed: {error}")
+            failure = LoadError(f"loading layer {key[0]} expert {key[1]} failed: {error}")
             failure.__cause__ = error
             self._failures[key] = failure
 

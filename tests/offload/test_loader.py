@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytest
 
+from moe_jax.errors import LoadError
 from moe_jax.model.experts import ExpertWeights
-from moe_jax.offload.loader import LoadError
 from tests.offload.rig import (
     BANK,
     Computation,

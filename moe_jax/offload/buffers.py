@@ -36,7 +36,7 @@ class Buffers:
             memory = mmap.mmap(-1, self._nbytes)
         owner = (ctypes.c_uint8 * self._nbytes).from_buffer(memory)
         weakref.finalize(owner, self._take_back, memory).atexit = False
-        return np.frombuffer(owner, np.uint8)
+        return np.frombuffer(owner, np.uint8)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def _take_back(self, memory: mmap.mmap) -> None:
         # A finalizer may interrupt this very thread inside `lend`; list.append needs no lock of ours.

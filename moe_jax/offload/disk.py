@@ -148,7 +148,7 @@ class _File:
         self._handle = os.open(self._path, os.O_RDONLY)
 
     def _read(self, part: np.ndarray, offset: int) -> None:
-        view, at = memoryview(part), offset
+        view, at = part.data, offset
         while view:
             try:
                 count = os.preadv(self._handle, [view], at)

@@ -1,8 +1,8 @@
 """How long a conversion takes beside a plain copy of the same files, both from a cold page cache and onto the disk.
 
-    python tests/checkpoint/convert_speed.py [--gigabytes=4] [--turns=3] [--folder=DIR] [FORM ...]
+    python -m tests.checkpoint.convert_speed [--gigabytes=4] [--turns=3] [--folder=DIR] [FORM ...]
 
-Each turn copies (`cp --reflink=never`, then fsync of every file) and converts (all of `convert.py`, its imports too), one
+Each turn copies (`cp --reflink=never`, then fsync of every file) and converts (all of `convert.py`, imports too), one
 after the other, in an order that changes from turn to turn. FORM is none (the default), bf16, int8 or int4.
 """
 

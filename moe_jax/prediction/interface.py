@@ -164,8 +164,12 @@ class Predictor(Protocol):
         """The memory of a batch that has seen no token."""
         ...
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
-        """The memory after prompts: ids int [L, B, T, K] of their tokens, -1 where a row has no token."""
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
+        """The memory after tokens whose experts were ids int [L, B, T, K], -1 where a row has no token.
+
+        They are those of the prompts, or the latest of those that were decoded while nobody asked for predictions;
+        `step` decode steps are done.
+        """
         ...
 
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:

@@ -99,7 +99,7 @@ class Learned:
     def init_state(self, spec: Spec, batch: int) -> Any:
         return {"last": jnp.full((batch, spec.num_layers, spec.top_k), -1, jnp.int32)}
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return {"last": jnp.asarray(last_ids(ids))}
 
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:

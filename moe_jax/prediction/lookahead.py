@@ -31,7 +31,7 @@ class Router:
     def init_state(self, spec: Spec, batch: int) -> Any:
         return ()
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return ()
 
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
@@ -58,7 +58,7 @@ class DefaultVector:
     def init_state(self, spec: Spec, batch: int) -> Any:
         return ()
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return ()
 
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:

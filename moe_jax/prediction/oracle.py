@@ -61,8 +61,8 @@ class Oracle:
     def init_state(self, spec: Spec, batch: int) -> Any:
         return {"step": jnp.zeros((), jnp.int32)}
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
-        return self.init_state(spec, ids.shape[1])
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
+        return {"step": jnp.int32(step)}
 
     def begin(self, params: Any, state: Any, embedding: jax.Array) -> tuple[Prediction, Any]:
         right = jnp.ones(embedding.shape[0], bool)

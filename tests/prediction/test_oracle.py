@@ -57,6 +57,16 @@ def test_a_row_that_leaves_the_path_is_nan():
     assert np.isfinite(prediction.probability[0]).all() and np.isnan(prediction.probability[1]).all()
 
 
+def test_it_finds_its_place_after_steps_without_predictions():
+    path = routing()
+    oracle, params = Oracle(), Oracle.replay(SPEC, recorded(path, L))
+    prediction, _ = oracle.begin(
+        params, oracle.prime(SPEC, np.stack(path[:L])[:, :, None], step=2), np.zeros((BATCH, 4))
+    )
+    ranked = jax.lax.top_k(prediction.probability[:, 0], K)[1]
+    np.testing.assert_array_equal(np.sort(ranked), np.sort(path[2 * L]))
+
+
 def test_a_run_without_decode_steps_cannot_be_replayed():
     with pytest.raises(UserError, match="at least two tokens"):
         recorded([np.zeros((1, K))] * (L - 1), L)

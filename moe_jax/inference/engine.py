@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.inference.execution import Execution, Plan
 from moe_jax.inference.grouping import arities, assign, bucket, unique_in_order
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import KVCache, Routed, Stages
 from moe_jax.model.experts import ExpertSource, ExpertWeights
-from moe_jax.prediction.predictors import Features
+from moe_jax.prediction.predictors import Features, Prediction
 
 SMALL_CHUNK = 32
 Sink = Callable[[int, int, Routed], None]
@@ -37,6 +38,7 @@ class DecodeState:
     lengths: np.ndarray  # int32 [B]: positions filled; the next token of a row goes to this position
     active: np.ndarray  # bool [B]: rows still generating
     predictor: Any = None  # the predictor's own state
+    memory: Any = None  # the execution mode's own state
     step: int = 0
 
     @property
@@ -54,6 +56,7 @@ class Record:
     prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per layer
     needed: list[list[int]] = dataclasses.field(default_factory=list)
     ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B, K]
+    routed: list[np.ndarray] = dataclasses.field(default_factory=list)  # the router's own ids; empty: those that ran
     predicted: list[np.ndarray] = dataclasses.field(default_factory=list)  # float32 [E], for the layer after
     active: list[np.ndarray] = dataclasses.field(default_factory=list)  # bool [B], per step
     lengths: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B], per step
@@ -69,6 +72,7 @@ class Engine:
       predictor: a predictor with its parameters, or None.
       prefill_chunk: token rows of one prefill chunk (over all prompts of the batch).
       max_seq_len: most positions of a row, prompt and new tokens together.
+      execution: what decode steps run instead of the router's own choice; None: exactly that.
     """
 
     def __init__(
@@ -79,12 +83,14 @@ class Engine:
         predictor: tuple[Any, Any, Any] | None = None,
         prefill_chunk: int = 256,
         max_seq_len: int | None = None,
+        execution: Execution | None = None,
     ):
         self.stages, self.dense, self.source = stages, dense, source
         self.architecture: Architecture = stages.architecture
         self.prefill_chunk = prefill_chunk
         self.max_seq_len = max_seq_len or self.architecture.max_seq_len
         self.predictor, self.spec, self.predictor_params = predictor or (None, None, None)
+        self.execution = execution
         self._begin = None  # what the predictor says before layer 0, from the token alone
         if self.predictor is not None:
             self._predict = jax.jit(self._predict_fn)
@@ -187,6 +193,9 @@ class Engine:
         assert logits is not None
         if self.predictor is not None:
             state.predictor = self.predictor.prime(self.spec, np.where(real[None, :, :, None], ids_by_layer, -1))
+        if self.execution is not None:
+            ran = [unique_in_order(ids.reshape(-1, a.top_k), real.reshape(-1)) for ids in ids_by_layer]
+            state.memory = self.execution.start(ran)
         return logits, state
 
     # ---- decode ------------------------------------------------------------------------------------------------
@@ -198,9 +207,9 @@ class Engine:
         positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None]
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
-        first = None
+        first = plan = None
         if self._begin is not None:
-            first, state.predictor = self._begin(self.predictor_params, state.predictor, x[:, 0], state.active)
+            (first, plan), state.predictor = self._begin(self.predictor_params, state.predictor, x[:, 0], state.active)
         for index, layer in self.numbered:
             if layer is None:
                 x = stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
@@ -210,17 +219,24 @@ class Engine:
                 # Read once layer 0 is dispatched: copies start while its attention runs.
                 self.source.offer(-1, np.asarray(first))
             predicted = self._start_prediction(layer, routed, state)
-            outputs = self._run_layer(layer, routed, np.asarray(routed.ids), state.active)
-            x = stages.combine(routed.residual, outputs, routed.gates, x)
+            if self.execution is None:
+                ids, gates = np.asarray(routed.ids), routed.gates
+            else:
+                ids, gates = self.execution.decide(layer, routed, plan, state.memory, state.active)
+            outputs = self._run_layer(layer, routed, ids, state.active)
+            x = stages.combine(routed.residual, outputs, gates, x)
             if predicted is not None:
                 # Read after this layer's experts are dispatched: the demand never waits for the predictor.
-                probabilities = np.asarray(predicted)
+                said, plan = predicted
+                probabilities = np.asarray(said)
                 if np.isnan(probabilities[0, 0]):
                     assert self.predictor is not None
                     raise UserError(f"predictor {self.predictor.name}: the run is not the one it was made for")
                 self.source.offer(layer, probabilities)
                 if self.record:
                     self.record.predicted.append(probabilities[0])
+            if self.record and self.execution is not None:
+                self.record.routed.append(np.asarray(routed.ids))
         if self.record:  # only now: an interrupted step is not one
             self.record.active.append(state.active)
             self.record.lengths.append(state.lengths)
@@ -251,7 +267,8 @@ class Engine:
             self.source.release(layer, group, after)
         return outputs
 
-    def _start_prediction(self, layer: int, routed: Routed, state: DecodeState) -> jax.Array | None:
+    def _start_prediction(self, layer: int, routed: Routed, state: DecodeState) -> tuple[jax.Array, Plan | None] | None:
+        """P(needed) [H, E] for the layers after this one, and the next one's plan where the execution makes one."""
         if self.predictor is None:
             return None
         features = Features(np.int32(layer), routed.residual, routed.logits, routed.ids, routed.gates)
@@ -261,12 +278,19 @@ class Engine:
     def _predict_fn(self, params, state, features, active):
         assert self.predictor is not None
         prediction, state = self.predictor.apply(params, state, features)
-        return _any_row(prediction.probability, active), state
+        return self._said(prediction, features.layer + 1, active), state
 
     def _begin_fn(self, params, state, embedding, active):
         assert self.predictor is not None and self.predictor.begin is not None
         prediction, state = self.predictor.begin(params, state, embedding)
-        return _any_row(prediction.probability, active), state
+        return self._said(prediction, 0, active), state
+
+    def _said(self, prediction: Prediction, target: Any, active: jax.Array) -> tuple[jax.Array, Plan | None]:
+        """What the decode loop reads of a prediction whose first layer is `target`."""
+        probability, plan = prediction.probability, None
+        if self.execution is not None:
+            probability, plan = self.execution.plan(prediction, target)
+        return _any_row(probability, active), plan
 
     # ---- compilation -------------------------------------------------------------------------------------------
 
@@ -298,6 +322,8 @@ class Engine:
                     outputs, _ = stages.experts(outputs, routed.h, rows, slots, (example,) * arity)
             x = stages.combine(routed.residual, outputs, routed.gates, x)
             stages.head(self.dense, x, np.zeros(B, np.int32)).block_until_ready()
+        if self.execution is not None:
+            jax.block_until_ready(self.execution.warm_up(routed))
         if self.predictor is not None:
             jax.block_until_ready(self.example_prediction(B)())
             if self._begin is not None:

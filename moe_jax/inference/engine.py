@@ -191,11 +191,11 @@ class Engine:
             here = stages.head(self.dense, x[c], np.where(last // Tc == c, last % Tc, 0).astype(np.int32))
             logits = here if logits is None else jnp.where((last // Tc == c)[:, None], here, logits)
         assert logits is not None
+        seen = np.where(real[None, :, :, None], ids_by_layer, -1)
         if self.predictor is not None:
-            state.predictor = self.predictor.prime(self.spec, np.where(real[None, :, :, None], ids_by_layer, -1))
+            state.predictor = self.predictor.prime(self.spec, seen)
         if self.execution is not None:
-            ran = [unique_in_order(ids.reshape(-1, a.top_k), real.reshape(-1)) for ids in ids_by_layer]
-            state.memory = self.execution.start(ran)
+            state.memory = self.execution.start(seen)
         return logits, state
 
     # ---- decode ------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ Layers are those with experts: the layer before is the last one that has experts
 Layer 0 has no layer before. It runs what the predictor says of it before the token enters (`begin`), and exactly where
 the predictor is silent. Predictors always see the true router's logits, ids and gates. A prompt is prefilled exactly.
 
-Every mode depends on logical state alone, that is on the request's own tokens: never on which copies have arrived, nor
-on what earlier requests left on the device. Planned experts are stated to the loader at the layer before, as certain
-(probability 1), and waited for, so what runs does not depend on the link.
+Every mode depends on logical state alone, that is on a row's own tokens: never on which copies have arrived, nor on
+what earlier requests left on the device, nor on the text of the batch's other rows. Planned experts are stated to the
+loader at the layer before, as certain (probability 1), and waited for, so what runs does not depend on the link.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.inference.grouping import unique_in_order
 from moe_jax.model.architecture import Architecture, Routing
 from moe_jax.model.decoder import Routed
 from moe_jax.model.router import choose, rank, weigh
@@ -48,8 +47,8 @@ class Plan(NamedTuple):
 class Execution(Protocol):
     """A mode other than `exact`. Stateless: what it remembers of a request is in `memory`."""
 
-    def start(self, prefilled: Sequence[Sequence[int]]) -> Any:
-        """The memory after a prefill that ran these experts, by layer."""
+    def start(self, ids: np.ndarray) -> Any:
+        """The memory after prompts: ids int [L, B, T, K] of their tokens, -1 where a row has no token."""
         ...
 
     def plan(self, prediction: Prediction, target: Any) -> tuple[jax.Array, Plan | None]:
@@ -82,7 +81,7 @@ class Planned:
         self._routing, self._predicted_gates = routing, predicted_gates
         self._regate = jax.jit(lambda logits, ids: regate(logits, ids, routing))
 
-    def start(self, prefilled: Sequence[Sequence[int]]) -> Any:
+    def start(self, ids: np.ndarray) -> Any:
         return None
 
     def plan(self, prediction: Prediction, target: Any) -> tuple[jax.Array, Plan | None]:
@@ -115,7 +114,7 @@ class CacheAware:
     Args:
       routing: the model's rule.
       bonus: on the router logits of resident experts.
-      capacity: experts that the device budget holds.
+      capacity: experts that the device budget holds; each row of a batch has an equal share of it.
       num_layers, num_experts: of the model.
       corrections: by layer, float32 [E], where the model has them.
     """
@@ -138,48 +137,58 @@ class CacheAware:
 
         self._prefer = jax.jit(prefer)
 
-    def start(self, prefilled: Sequence[Sequence[int]]) -> LogicalCache:
-        cache = LogicalCache(self._capacity, *self._shape)
-        for layer, experts in enumerate(prefilled):
-            cache.use(layer, experts)
-        return cache
+    def start(self, ids: np.ndarray) -> list[LogicalCache]:
+        """A cache for each row of the batch, with an equal share of the budget. Rows know nothing of each other."""
+        rows = [row for row in ids.swapaxes(0, 1) if (row >= 0).any()]
+        caches = [LogicalCache(self._capacity // len(rows), *self._shape) for _ in rows]
+        for cache, row in zip(caches, rows, strict=True):
+            for layer, used in enumerate(row):
+                # Each expert once, by its last use: all that matters to the order of eviction.
+                latest = dict.fromkeys(reversed(used[used >= 0].tolist()))
+                cache.use(layer, list(reversed(latest)))
+        return caches
 
     def plan(self, prediction: Prediction, target: Any) -> tuple[jax.Array, Plan | None]:
         return prediction.probability, None
 
     def decide(
-        self, layer: int, routed: Routed, plan: Plan | None, memory: LogicalCache, active: np.ndarray
+        self, layer: int, routed: Routed, plan: Plan | None, memory: list[LogicalCache], active: np.ndarray
     ) -> tuple[np.ndarray, jax.Array]:
-        chosen, gates = self._prefer(routed.logits, memory.resident(layer), self._corrections[layer])
+        resident = np.zeros(routed.logits.shape, np.float32)  # rows past the prompts are padding
+        for row, cache in enumerate(memory):
+            resident[row] = cache.resident[layer]
+        chosen, gates = self._prefer(routed.logits, resident, self._corrections[layer])
         ids = np.asarray(chosen)
-        memory.use(layer, unique_in_order(ids, active))
+        for cache, used, running in zip(memory, ids.tolist(), active, strict=False):
+            if running:
+                cache.use(layer, used)
         return ids, gates
 
     def warm_up(self, routed: Routed) -> Any:
-        return self._prefer(routed.logits, self.start(()).resident(0), self._corrections[0])
+        return self._prefer(routed.logits, np.zeros(routed.logits.shape, np.float32), self._corrections[0])
 
 
 class LogicalCache:
-    """The device store as LRU on demand would leave it after a request's own tokens, the prefill included."""
+    """The device store as LRU on demand would leave it after a row's own tokens, those of its prompt included.
+
+    Attributes:
+      resident: 0 or 1, float32 [L, E].
+    """
 
     def __init__(self, capacity: int, num_layers: int, num_experts: int):
+        self.resident = np.zeros((num_layers, num_experts), np.float32)
         self._capacity = capacity
         self._order: OrderedDict[tuple[int, int], None] = OrderedDict()
-        self._resident = np.zeros((num_layers, num_experts), np.float32)
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
         """These experts of a layer have run, in this order."""
         for expert in experts:
-            key = (layer, int(expert))
+            key = (layer, expert)
             self._order[key] = None
             self._order.move_to_end(key)
-            self._resident[key] = 1
+            self.resident[key] = 1
             if len(self._order) > self._capacity:
-                self._resident[self._order.popitem(last=False)[0]] = 0
-
-    def resident(self, layer: int) -> np.ndarray:
-        """0 or 1, float32 [E]. A copy: a computation that has been dispatched may still read what it was given."""
-        return self._resident[layer].copy()
+                self.resident[self._order.popitem(last=False)[0]] = 0
 
 
 def make(

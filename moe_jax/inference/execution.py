@@ -45,7 +45,13 @@ class Plan(NamedTuple):
 
 
 class Execution(Protocol):
-    """A mode other than `exact`. Stateless: what it remembers of a request is in `memory`."""
+    """A mode other than `exact`. Stateless: what it remembers of a request is in `memory`.
+
+    Attributes:
+      plans: it runs what is predicted, so that every step must be.
+    """
+
+    plans: bool
 
     def start(self, ids: np.ndarray) -> Any:
         """The memory after prompts: ids int [L, B, T, K] of their tokens, -1 where a row has no token."""
@@ -75,6 +81,8 @@ class Planned:
       layers: bool [L], the layers that run their plan.
       predicted_gates: use the plan's gates, not the true router's.
     """
+
+    plans = True
 
     def __init__(self, routing: Routing, layers: Sequence[bool], predicted_gates: bool):
         self.layers = tuple(map(bool, layers))
@@ -118,6 +126,8 @@ class CacheAware:
       num_layers, num_experts: of the model.
       corrections: by layer, float32 [E], where the model has them.
     """
+
+    plans = False
 
     def __init__(
         self,

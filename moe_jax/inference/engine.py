@@ -66,7 +66,8 @@ class Record:
     needed: list[list[int]] = dataclasses.field(default_factory=list)
     ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B, K]
     routed: list[np.ndarray] = dataclasses.field(default_factory=list)  # the router's own ids; empty: those that ran
-    predicted: list[np.ndarray] = dataclasses.field(default_factory=list)  # float32 [E], for the layer after
+    # float32 [E], for the layer after; None where no prediction was made
+    predicted: list[np.ndarray | None] = dataclasses.field(default_factory=list)
     active: list[np.ndarray] = dataclasses.field(default_factory=list)  # bool [B], per step
     lengths: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B], per step
 
@@ -240,6 +241,7 @@ class Engine:
             outputs = self._run_layer(layer, routed, ids, state.active)
             x = stages.combine(routed.residual, outputs, gates, x)
             true.append(np.asarray(routed.ids))
+            probabilities = None
             if predicted is not None:
                 # Read after this layer's experts are dispatched: the demand never waits for the predictor.
                 said, plan = predicted
@@ -248,8 +250,8 @@ class Engine:
                     assert self.predictor is not None
                     raise UserError(f"predictor {self.predictor.name}: the run is not the one it was made for")
                 self.source.offer(layer, probabilities)
-                if self.record:
-                    self.record.predicted.append(probabilities[0])
+            if self.record:
+                self.record.predicted.append(None if probabilities is None else probabilities[0])
         if self.record:  # only now: an interrupted step is not one
             self.record.active.append(state.active)
             self.record.lengths.append(state.lengths)

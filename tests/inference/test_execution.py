@@ -253,3 +253,15 @@ def test_what_a_mode_lacks_is_said(tiny):
     with pytest.raises(UserError, match="offload.tier=host"):
         make("cache_aware", predictor=None)
     assert make("exact", predictor=None) is None
+
+
+def test_recall_is_of_the_true_experts_where_there_was_a_prediction():
+    record = Record(active=[np.array([True])] * 2, lengths=[np.array([1])] * 2)
+    sure = lambda *experts: np.isin(np.arange(4), experts).astype(np.float32)
+    record.needed = [[0, 1], [2, 3], [0, 1], [2, 3]]
+    record.predicted = [None, None, sure(2, 0), None]  # only the second token's layer 0 speaks of its layer 1
+    assert metrics.recall(record, 2) == 0.5
+    record.routed = [np.array([[0, 1]])] * 3 + [np.array([[0, 2]])]  # what ran was something else
+    assert metrics.recall(record, 2) == 1.0
+    record.ids = [np.array([needed]) for needed in record.needed]
+    assert metrics.departed(record) == 0.5

@@ -50,7 +50,7 @@ def auto_budget(limit_bytes: int, in_use_bytes: int, reserved: Reserve) -> int:
 
     Args:
       limit_bytes: that the device (or the share of it that jax takes) has.
-      in_use_bytes: of them, once the dense weights are loaded.
+      in_use_bytes: of them, by dense weights and whatever else is or will be there.
       reserved: for the largest request.
 
     Raises:
@@ -60,8 +60,9 @@ def auto_budget(limit_bytes: int, in_use_bytes: int, reserved: Reserve) -> int:
     if left <= 0:
         gb = lambda x: f"{x / 1e9:.1f} GB"
         raise UserError(
-            f"of {gb(limit_bytes)} the largest request leaves nothing for experts: dense weights {gb(in_use_bytes)},"
-            f" key/value cache {gb(reserved.cache)}, prompts and temporaries {gb(sum(reserved[1:]))};"
-            " lower --config.max_seq_len or --config.batch_size, or give --config.offload.device_budget in bytes"
+            f"of {gb(limit_bytes)} the largest request leaves nothing for experts: weights that stay there"
+            f" {gb(in_use_bytes)}, key/value cache {gb(reserved.cache)}, prompts and temporaries"
+            f" {gb(sum(reserved[1:]))}; lower --config.max_seq_len or"
+            " --config.batch_size, or give --config.offload.device_budget in bytes"
         )
     return left

@@ -18,11 +18,13 @@ READ_THREADS = 2
 """On the disk tier. One thread leaves the disk idle between its reads; more than two were no faster (measured)."""
 
 
-def open_source(config: OffloadConfig, checkpoint: HFCheckpoint | Converted, free_bytes: int) -> OffloadedExperts:
+def open_source(
+    config: OffloadConfig, checkpoint: HFCheckpoint | Converted, auto_bytes: int | None
+) -> OffloadedExperts:
     """The source for tier "host" or "disk".
 
     Args:
-      free_bytes: what a budget of "auto" may use.
+      auto_bytes: what a budget of "auto" is; needed for that alone.
 
     Raises:
       UserError: the budget is malformed or too small, the tier or the policy lacks something.
@@ -41,7 +43,7 @@ def open_source(config: OffloadConfig, checkpoint: HFCheckpoint | Converted, fre
     else:
         bank, expert_bytes = None, checkpoint.expert_bytes
         total = a.num_moe_layers * a.num_experts * expert_bytes
-    budget = parse_budget(config.device_budget, total, free_bytes)
+    budget = parse_budget(config.device_budget, total, auto_bytes)
     check_budget(budget, a, expert_bytes, per_layer)  # before a host bank is read, which takes a while
     # Reading blocks whoever does it, so that a disk needs threads on every backend.
     mode: Mode = issue_mode(jax.default_backend()) if bank is None else "thread"

@@ -1,8 +1,11 @@
 """What "auto" leaves for experts. That the estimates hold is for tests/aot to say."""
 
+from contextlib import closing
+
 import jax.numpy as jnp
 import pytest
 
+import moe_jax
 from moe_jax.errors import UserError
 from moe_jax.inference.memory import auto_budget, reserve
 from moe_jax.model.decoder import Stages
@@ -24,7 +27,14 @@ def test_auto_is_what_is_left():
 def test_auto_says_what_takes_all():
     r = reserve(TINY, 1, 256, 16, 4)
     with pytest.raises(
-        UserError, match=r"of 1.0 GB .* dense weights 0.9 GB.*lower --config.max_seq_len or --config.batch_size"
+        UserError, match=r"of 1.0 GB .* stay there 0.9 GB.*lower --config.max_seq_len or --config.batch_size"
     ) as e:
-        auto_budget(10**9, 948 * 10**6, r)
+        auto_budget(10**9, 949_999_999, r)
     assert "\n" not in str(e.value)
+
+
+def test_a_model_runs_with_auto():
+    with closing(moe_jax.load(offload={"device_budget": "auto"}, prefetch={"predictor": "none"})) as model:
+        assert model.engine.source.store.budget_bytes == model.engine.source.bank.total_bytes  # pyright: ignore
+    with pytest.raises(UserError, match="leaves nothing for experts"):
+        moe_jax.load(offload={"device_budget": "auto"}, prefetch={"predictor": "none"}, batch_size=10**9)

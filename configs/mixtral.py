@@ -9,7 +9,7 @@
 Mixtral-8x7B, a Hugging Face directory with config.json, safetensors shards and tokenizer.json:
 
     python infer.py --config=configs/mixtral.py --config.checkpoint=DIR --config.dtype=bfloat16 \\
-        --config.offload.device_budget=auto --config.prefetch.predictor=router
+        --config.offload.device_budget=auto --config.max_seq_len=8192 --config.prefetch.predictor=router
 
 | Mixtral-8x7B                             |                                                               |
 |------------------------------------------|---------------------------------------------------------------|

@@ -18,6 +18,7 @@ from moe_jax.errors import UserError
 from moe_jax.inference import metrics
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.generate import Generation
+from moe_jax.inference.memory import auto_budget, reserve
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.text import Tokenizer
@@ -77,7 +78,21 @@ class Model:
         # Here, so that the all-resident reference never imports offload.
         from moe_jax.offload.open import open_source
 
-        return open_source(self.config.offload, self.checkpoint, jnp.dtype(self.config.dtype), _free_bytes())
+        offload = self.config.offload
+        auto = self._auto_budget() if "auto" in (offload.device_budget, offload.host_budget) else None
+        return open_source(offload, self.checkpoint, jnp.dtype(self.config.dtype), auto)
+
+    def _auto_budget(self) -> int:
+        c, a = self.config, self.checkpoint.architecture
+        positions, itemsize = c.max_seq_len or a.max_seq_len, jnp.dtype(c.dtype).itemsize
+        stats = jax.devices()[0].memory_stats()
+        if stats and "bytes_limit" in stats:
+            limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
+        else:  # the device is the host, and holds the bank too
+            limit, in_use = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
+            if c.offload.tier == "host":
+                in_use = a.num_moe_layers * a.num_experts * self.checkpoint.expert_bytes
+        return auto_budget(limit, in_use, reserve(a, c.batch_size, positions, c.prefill_chunk, itemsize))
 
     def predictor_directory(self) -> str:
         """Where the trained predictor is; empty: there is none."""
@@ -142,14 +157,3 @@ class Model:
     def close(self) -> None:
         """Stops background work."""
         self.engine.source.close()
-
-
-def _free_bytes() -> int:
-    """What "auto" may use: 80% of the memory that is free once the dense weights are loaded.
-
-    The rest is for the KV cache and temporaries and, where the device is the host, for the bank.
-    """
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(0.8 * (stats["bytes_limit"] - stats["bytes_in_use"]))
-    return int(0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -23,13 +23,13 @@ HOST_FLAG = "--config.offload.host_budget"
 
 
 def open_source(
-    config: OffloadConfig, checkpoint: HFCheckpoint | Converted, dtype: Any, free_bytes: int
+    config: OffloadConfig, checkpoint: HFCheckpoint | Converted, dtype: Any, free_bytes: int | None
 ) -> OffloadedExperts:
     """The source for tier "host" or "disk".
 
     Args:
       dtype: of the computation.
-      free_bytes: what a budget of "auto" may use.
+      free_bytes: what a budget of "auto" may use; None: no budget is "auto".
 
     Raises:
       UserError: a budget is malformed or too small, the tier or the policy lacks something.
@@ -63,7 +63,7 @@ def open_source(
 
 
 def _disk_bank(
-    config: OffloadConfig, checkpoint: HFCheckpoint | Converted, settings: Settings, free_bytes: int
+    config: OffloadConfig, checkpoint: HFCheckpoint | Converted, settings: Settings, free_bytes: int | None
 ) -> DiskBank | HostCache:
     if not isinstance(checkpoint, Converted):
         raise UserError(

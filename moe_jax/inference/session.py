@@ -47,6 +47,7 @@ class Model:
         self.config = self._without_missing_predictor(config)
         directory = Path(config.checkpoint) if config.checkpoint else shipped("model")
         self.checkpoint = open_checkpoint(directory)
+        self._provide_pinned_memory()  # before anything starts jax's backend
         self.tokenizer = Tokenizer(directory)
         self.compile_s = 0.0
         a = self.checkpoint.architecture
@@ -67,6 +68,15 @@ class Model:
             config.max_seq_len or a.max_seq_len,
             self._execution(dense, predictor, source),
         )
+
+    def _provide_pinned_memory(self) -> None:
+        if self.config.offload.tier != "host":
+            return
+        from moe_jax.offload.pinned import provide
+
+        a = self.checkpoint.architecture
+        if note := provide(a.num_moe_layers * a.num_experts * self.checkpoint.expert_bytes):
+            self.notes.append(note)
 
     def _without_missing_predictor(self, config: Config) -> Config:
         """The learned predictor is trained for one model; another model without one of its own runs with `router`."""

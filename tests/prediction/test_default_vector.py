@@ -37,7 +37,7 @@ def reference_vectors(w, plan):
     counts, windows = np.zeros(sums.shape[:2]), []
     for row, length in zip(plan.tokens, plan.lengths, strict=True):
         seen = []
-        reference.forward(TINY, w, row[:length].tolist(), seen)
+        reference.forward(TINY, w, row[:length].tolist(), seen=seen)
         for layer, (_, gates, outputs) in enumerate(seen):
             for t, e in zip(*np.nonzero(gates), strict=True):
                 sums[layer, e] += outputs[t, e]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,7 +40,7 @@ def test_it_names_the_experts_of_the_layers_ahead_across_the_wrap():
 
     for i, ids in enumerate(path):
         if i % L == 0:
-            prediction, state = begin(params, state, np.zeros((BATCH, SPEC.d_model), np.float32))
+            prediction, state = begin(params, state, jnp.zeros((BATCH, SPEC.d_model)))
             check(prediction, i)
         zeros = np.zeros((BATCH, SPEC.d_model), np.float32), np.zeros((BATCH, E), np.float32)
         prediction, state = apply(params, state, Features(np.int32(i % L), *zeros, ids, np.ones((BATCH, K))))
@@ -60,9 +61,8 @@ def test_a_row_that_leaves_the_path_is_nan():
 def test_it_finds_its_place_after_steps_without_predictions():
     path = routing()
     oracle, params = Oracle(), Oracle.replay(SPEC, recorded(path, L))
-    prediction, _ = oracle.begin(
-        params, oracle.prime(SPEC, np.stack(path[:L])[:, :, None], step=2), np.zeros((BATCH, 4))
-    )
+    state = oracle.prime(SPEC, np.stack(path[:L])[:, :, None], step=2)
+    prediction, _ = oracle.begin(params, state, jnp.zeros((BATCH, 4)))
     ranked = jax.lax.top_k(prediction.probability[:, 0], K)[1]
     np.testing.assert_array_equal(np.sort(ranked), np.sort(path[2 * L]))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -64,6 +65,13 @@ class ExpertSource(Protocol):
     def close(self) -> None:
         """Stops background work. The source is unusable afterwards."""
         ...
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def widened(weights: ExpertWeights, dtype: Any) -> ExpertWeights:
+    """The expert in a wider float dtype (bfloat16 to float32: exactly); quantised matrices stay as they are."""
+    wide = lambda matrix: matrix if isinstance(matrix, tuple) else matrix.astype(dtype)
+    return ExpertWeights(*(None if matrix is None else wide(matrix) for matrix in weights))
 
 
 def run_expert(x: jax.Array, w: ExpertWeights, activation: Activation) -> jax.Array:

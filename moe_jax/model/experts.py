@@ -70,7 +70,7 @@ class ExpertSource(Protocol):
 @functools.partial(jax.jit, static_argnames="dtype")
 def widened(weights: ExpertWeights, dtype: Any) -> ExpertWeights:
     """The expert in a wider float dtype (bfloat16 to float32: exactly); quantised matrices stay as they are."""
-    wide = lambda matrix: matrix if isinstance(matrix, tuple) else matrix.astype(dtype)
+    wide: Any = lambda matrix: matrix if isinstance(matrix, tuple) else matrix.astype(dtype)
     return ExpertWeights(*(None if matrix is None else wide(matrix) for matrix in weights))
 
 

@@ -21,7 +21,7 @@ _MOST_ROWS_IN_TERMS = 128
 
 
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`x [R, in]` times `weight [out, in]` transposed, in x's dtype, `[R, out]`; weight: x's dtype, bfloat16 or int8."""
+    """`x [R, in]` times `weight [out, in]` (of x's dtype, bfloat16 or int8) transposed, in x's dtype: `[R, out]`."""
     if weight.dtype == x.dtype == jnp.float32 and len(x) != 2:
         return _plain(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=_on_cpu, default=_plain)

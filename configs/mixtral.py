@@ -9,7 +9,7 @@
 Mixtral-8x7B, a Hugging Face directory with config.json, safetensors shards and tokenizer.json:
 
     python infer.py --config=configs/mixtral.py --config.checkpoint=DIR --config.dtype=bfloat16 \\
-        --config.offload.device_budget=auto --config.prefetch.predictor=router
+        --config.offload.device_budget=auto --config.max_seq_len=8192 --config.prefetch.predictor=router
 
 | Mixtral-8x7B                             |                                                               |
 |------------------------------------------|---------------------------------------------------------------|
@@ -36,6 +36,8 @@ def get_config() -> ConfigDict:
     c.offload = ConfigDict()
     c.offload.tier = "host"  # none | host | disk (a converted checkpoint)
     c.offload.device_budget = "25%"  # of all experts' bytes; or 512MiB, 6GiB, auto
+    c.offload.host_budget = "0%"  # with tier disk: experts kept in host memory besides
+    c.offload.upcast = "stage"  # stage | arrival: when experts take the compute dtype
     c.offload.budget_scope = "global"  # global | layer
     c.offload.policy = "lru"  # lru | lfu | least_stale | predicted | belady
     c.offload.trace = ""  # of an equal run, for belady
@@ -44,7 +46,10 @@ def get_config() -> ConfigDict:
     c.prefetch.predictor = "learned"  # none | random | frequency | repeat | router | learned
     c.prefetch.horizon = 8  # layers ahead
     c.prefetch.checkpoint = ""  # the shipped predictor
-    c.execution = "exact"
+    c.execution = "exact"  # exact | speculative | speculative_gated | hybrid | cache_aware
+    c.speculation = ConfigDict()
+    c.speculation.threshold = 0.9  # hybrid: layers whose recall on validation text is below run exactly
+    c.speculation.bonus = 0.5  # cache_aware: added to the router logits of experts on the device
     c.dtype = "float32"  # float32 | bfloat16
     c.max_seq_len = 0  # as many positions as the model allows
     c.prefill_chunk = 256

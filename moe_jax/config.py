@@ -14,19 +14,23 @@ from moe_jax.errors import UserError
 _CHOICES: dict[str, tuple[str, ...]] = {
     "offload.tier": ("none", "host", "disk"),
     "offload.policy": ("lru", "lfu", "least_stale", "predicted", "belady"),
+    "offload.upcast": ("stage", "arrival"),
     "offload.budget_scope": ("global", "layer"),
     "prefetch.predictor": ("none", "random", "frequency", "repeat", "router", "learned"),
-    "execution": ("exact",),
+    "execution": ("exact", "speculative", "speculative_gated", "hybrid", "cache_aware"),
     "dtype": ("float32", "bfloat16"),
 }
 # Smallest accepted value by field.
 _AT_LEAST = {
     "offload.link_gbps": 0,
     "prefetch.horizon": 1,
+    "speculation.threshold": 0,
+    "speculation.bonus": 0,
     "max_seq_len": 0,
     "prefill_chunk": 1,
     "batch_size": 1,
 }
+_AT_MOST = {"speculation.threshold": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,9 @@ class OffloadConfig:
       tier: "none" keeps every expert on the device, "host" keeps them in host memory, "disk" in the files of a
         converted checkpoint.
       device_budget: bytes of experts on the device, in flight included: "25%" of all, "512MiB", or "auto".
+      host_budget: with tier "disk", bytes of experts kept in host memory besides, in the same notation; "0%": none.
+      upcast: "stage" keeps experts in the checkpoint's dtype and widens them at each use; "arrival" widens them to the
+        compute dtype once they are on the device, where they then take more of the budget.
       budget_scope: "global": layers compete for the budget; "layer": each has an equal share.
       policy: which expert leaves when the budget is full.
       trace: for policy "belady": the trace (`infer.py --trace`) of an earlier, equal run.
@@ -45,6 +52,8 @@ class OffloadConfig:
 
     tier: str = "host"
     device_budget: str = "25%"
+    host_budget: str = "0%"
+    upcast: str = "stage"
     budget_scope: str = "global"
     policy: str = "lru"
     trace: str = ""
@@ -67,12 +76,26 @@ class PrefetchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpeculationConfig:
+    """What the execution modes other than "exact" may depart from the true router in.
+
+    Attributes:
+      threshold: "hybrid" runs exactly the layers whose recall on validation text is below this share.
+      bonus: "cache_aware" prefers an expert on the device to one whose router logit is at most this much higher.
+    """
+
+    threshold: float = 0.9
+    bonus: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that a loaded model depends on. The defaults are those of `configs/mixtral.py`.
 
     Attributes:
       checkpoint: a Hugging Face directory, or one that `convert.py` made of it; empty: the shipped model.
-      execution: "exact" runs the experts that the true router chose.
+      execution: "exact" runs the experts that the true router chose, the others predicted ones, or ones that are
+        already there: see `moe_jax.inference.execution`.
       dtype: of the computation and the dense weights on the device.
       max_seq_len: positions of the key/value cache per row; 0: as many as the model allows.
       prefill_chunk: tokens of a prompt that go through a layer at once.
@@ -83,6 +106,7 @@ class Config:
     offload: OffloadConfig = dataclasses.field(default_factory=OffloadConfig)
     prefetch: PrefetchConfig = dataclasses.field(default_factory=PrefetchConfig)
     execution: str = "exact"
+    speculation: SpeculationConfig = dataclasses.field(default_factory=SpeculationConfig)
     dtype: str = "float32"
     max_seq_len: int = 0
     prefill_chunk: int = 256
@@ -126,6 +150,8 @@ def _check(kind: type, value: Any, field: str) -> Any:
         raise UserError(f"config.{field}={value!r} is not one of {', '.join(accepted)}{suggestion(value, accepted)}")
     if field in _AT_LEAST and not (value >= _AT_LEAST[field] and math.isfinite(value)):
         raise UserError(f"config.{field} must be at least {_AT_LEAST[field]}, not {value}")
+    if field in _AT_MOST and value > _AT_MOST[field]:
+        raise UserError(f"config.{field} must be at most {_AT_MOST[field]}, not {value}")
     return value
 
 

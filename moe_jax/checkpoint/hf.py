@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable
@@ -11,12 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.checkpoint import fp8
 from moe_jax.checkpoint.families import family
 from moe_jax.checkpoint.names import Names, Rows, expert_weights
 from moe_jax.checkpoint.safetensors_file import DTYPES, FLOATS, Tensor, empty, read_header, read_into
 from moe_jax.errors import UserError
+from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import ExpertWeights
 
+_STRIP = 256  # rows of a matrix that is transposed, read at once
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -27,7 +31,7 @@ class HFCheckpoint:
 
     Attributes:
       directory: where it lies.
-      architecture: read from config.json.
+      architecture: read from config.json, end tokens from generation_config.json where it names them.
       dtype: of the experts' matrices: "bfloat16", "float16", "float32" or "mxfp4".
       dense_spec: shapes and dtypes of the dense arrays, by path.
       expert_spec: shapes and dtypes of one expert, `ExpertWeights` of `jax.ShapeDtypeStruct`.
@@ -48,8 +52,12 @@ class HFCheckpoint:
         if config is None:
             raise UserError(f"{directory} has no config.json; give a Hugging Face model directory")
         chosen = family(config)
-        self.architecture = a = chosen.read_config(config)
+        self.architecture = a = with_generation_config(chosen.read_config(config), self.directory)
         self._tensors = _tensors(self.directory)
+        quantization = config.get("quantization_config") or {}
+        self._block = fp8.block_of(quantization) if quantization.get("quant_method") == "fp8" else None
+        if self._block:
+            self._tensors = fp8.with_scales(self._tensors, self._block)
         self._names = self._closest(chosen.layouts(a))
         experts = [self._names.expert(layer, e) for layer in range(a.num_moe_layers) for e in range(a.num_experts)]
         self._check([*self._names.dense.values(), *(rows for parts in experts for rows in parts.values())])
@@ -92,12 +100,17 @@ class HFCheckpoint:
         for piece in rows:
             tensor, count = self._tensors[piece.name], _shape((piece,))[0]
             tensor = tensor if piece.index is None else tensor.slice(piece.index)
+            place = out[start : start + count]
             if piece.transposed:
-                stored = empty(tensor.shape, out.dtype)
-                read_into(tensor, stored)
-                out[start : start + count] = stored.T
+                for at in range(0, tensor.shape[0], _STRIP):  # a second copy of all of it would be large
+                    strip = tensor.rows(at, min(at + _STRIP, tensor.shape[0]))
+                    stored = empty(strip.shape, out.dtype)
+                    read_into(strip, stored)
+                    place[:, at : at + _STRIP] = stored.T
+            elif self._block and tensor.scales:
+                fp8.read_widened(tensor, self._block, place)
             else:
-                read_into(tensor, out[start : start + count])
+                read_into(tensor, place)
             start += count
         return out
 
@@ -167,6 +180,24 @@ def read_json(file: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise UserError(f"{file} does not hold a JSON object; download it again")
     return value
+
+
+def with_generation_config(a: Architecture, directory: Path) -> Architecture:
+    """The architecture with the end tokens of generation_config.json, which beat those of config.json where they are
+    given, as in `transformers` (chat models add the end of a turn there).
+
+    Raises:
+      UserError: they are not ids.
+    """
+    eos = (read_json(directory / "generation_config.json") or {}).get("eos_token_id")
+    if eos is None:
+        return a
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < a.vocab_size for x in ids):
+        raise UserError(
+            f"{directory / 'generation_config.json'} has eos_token_id={eos!r}; it must be a token id or a list of them"
+        )
+    return dataclasses.replace(a, eos_ids=ids)
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:

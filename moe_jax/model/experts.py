@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -67,17 +66,9 @@ class ExpertSource(Protocol):
         ...
 
 
-<<<<<<< HEAD
-@functools.partial(jax.jit, static_argnames="dtype")
-def widened(weights: ExpertWeights, dtype: Any) -> ExpertWeights:
-    """The expert in a wider float dtype (bfloat16 to float32: exactly); quantised matrices stay as they are."""
-    wide: Any = lambda matrix: matrix if isinstance(matrix, tuple) else matrix.astype(dtype)
-    return ExpertWeights(*(None if matrix is None else wide(matrix) for matrix in weights))
-=======
 def widened(w: ExpertWeights, dtype: Any) -> ExpertWeights:
     """An unquantised expert in `dtype`, exactly where that is the wider one."""
     return ExpertWeights(*(None if part is None else part.astype(dtype) for part in w))
->>>>>>> main
 
 
 def run_expert(x: jax.Array, w: ExpertWeights, activation: Activation) -> jax.Array:

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from moe_jax import cli
-from moe_jax.errors import UserError
+from moe_jax.errors import LoadError, UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/mixtral.py", "Model, offload and prefetch configuration.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; repeat the flag to generate for several as one batch.")
@@ -53,15 +53,15 @@ def main() -> None:
     temperature = TEMPERATURE.value if chosen or TEMPERATURE.present else 0.6
     sampling = Sampling(temperature, TOP_K.value, TOP_P.value, SEED.value)
     if config.offload.tier == "none" and (TRACE.value or REPORT.value):
-        raise UserError("--trace and --report tell of transfers and need --config.offload.tier=host")
+        raise UserError("--trace and --report tell of transfers and need --config.offload.tier=host or disk")
     with cli.status("loading the model"):
         model = Model(config)
     describe(model, chosen)
     with cli.status("compiling (the second run reads the compilation cache)"):
         generation = model.start(prompts, MAX_NEW_TOKENS.value, sampling, SYSTEM.value if CHAT.value else None)
-    interrupted = stream(generation)
+    ended = stream(generation)
     with cli.status("measuring the bounds"):
-        metrics = model.metrics(generation)
+        metrics = model.metrics(generation, bounds=not isinstance(ended, LoadError))
     print_table(metrics, config.offload.link_gbps > 0)
     if OUTPUT_JSON.value:
         outputs = [vars(output) for output in generation.outputs]
@@ -75,7 +75,9 @@ def main() -> None:
         trace = model.engine.source.trace  # pyright: ignore[reportAttributeAccessIssue]
         Path(REPORT.value).write_text(report.markdown(trace))
     model.close()
-    if interrupted:
+    if isinstance(ended, LoadError):
+        cli.fail(str(ended), code=1)
+    if ended:
         sys.exit(130)
 
 
@@ -122,27 +124,28 @@ def describe(model, chosen: bool) -> None:
         print("No prompt given (--prompt, --prompt_file or standard input): two of our own, at temperature 0.6")
 
 
-def stream(generation) -> bool:
-    """Prints text as it comes; several prompts are printed whole, one after another. True if interrupted."""
+def stream(generation) -> BaseException | None:
+    """Prints text as it comes; several prompts are printed whole, one after another. Returns what ended it early."""
     live = len(generation.outputs) == 1
-    interrupted = False
+    ended = None
     if live:
         print(f"\n{generation.outputs[0].prompt}", end="", flush=True)
     try:
         for _, piece in generation:
             if live:
                 print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, LoadError) as error:
+        ended = error
     if live:
         print("\n")
     else:
         for index, output in enumerate(generation.outputs):
             print(f"\n--- prompt {index + 1}\n{output.prompt}{output.text}")
         print()
-    if interrupted:
-        print("interrupted: what follows covers the tokens so far\n")
-    return interrupted
+    if ended is not None:
+        what = "interrupted" if isinstance(ended, KeyboardInterrupt) else "an expert could not be loaded"
+        print(f"{what}: what follows covers the tokens so far\n")
+    return ended
 
 
 def print_table(metrics: dict, simulated: bool) -> None:

@@ -34,9 +34,11 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.checkpoint = ""  # the shipped model
     c.offload = ConfigDict()
-    c.offload.tier = "host"  # none | host
+    c.offload.tier = "host"  # none | host | disk (a converted checkpoint)
     c.offload.device_budget = "25%"  # of all experts' bytes; or 512MiB, 6GiB, auto
-    c.offload.policy = "lru"
+    c.offload.budget_scope = "global"  # global | layer
+    c.offload.policy = "lru"  # lru | lfu | least_stale | predicted | belady
+    c.offload.trace = ""  # of an equal run, for belady
     c.offload.link_gbps = 0.0  # > 0: a simulated link of so many GB/s
     c.prefetch = ConfigDict()
     c.prefetch.predictor = "learned"  # none | random | frequency | repeat | router | learned

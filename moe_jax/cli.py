@@ -64,10 +64,10 @@ def status(what: str) -> Iterator[None]:
         yield
 
 
-def fail(message: str) -> None:
-    """Prints one line on stderr and exits with code 2."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+def fail(message: str, code: int = 2) -> None:
+    """Prints one line on stderr and exits: 2 for a mistake of the user, 1 for a machine that failed."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {_line(message)}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -12,8 +12,9 @@ from moe_jax.errors import UserError
 
 # Accepted values by field. A value of the design that is missing here is not implemented yet.
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "offload.tier": ("none", "host"),
-    "offload.policy": ("lru",),
+    "offload.tier": ("none", "host", "disk"),
+    "offload.policy": ("lru", "lfu", "least_stale", "predicted", "belady"),
+    "offload.budget_scope": ("global", "layer"),
     "prefetch.predictor": ("none", "random", "frequency", "repeat", "router", "learned"),
     "execution": ("exact",),
     "dtype": ("float32", "bfloat16"),
@@ -33,15 +34,20 @@ class OffloadConfig:
     """Where experts live and how many bytes of them the device holds.
 
     Attributes:
-      tier: "none" keeps every expert on the device, "host" keeps them in host memory.
+      tier: "none" keeps every expert on the device, "host" keeps them in host memory, "disk" in the files of a
+        converted checkpoint.
       device_budget: bytes of experts on the device, in flight included: "25%" of all, "512MiB", or "auto".
+      budget_scope: "global": layers compete for the budget; "layer": each has an equal share.
       policy: which expert leaves when the budget is full.
+      trace: for policy "belady": the trace (`infer.py --trace`) of an earlier, equal run.
       link_gbps: 0, or the rate in GB/s (1e9 bytes) of a *simulated* link that slows every copy down.
     """
 
     tier: str = "host"
     device_budget: str = "25%"
+    budget_scope: str = "global"
     policy: str = "lru"
+    trace: str = ""
     link_gbps: float = 0.0
 
 

@@ -67,9 +67,15 @@ def test_frozen_and_hashable():
         ({"offload": {"link_gbps": -1.0}}, "config.offload.link_gbps must be at least 0, not -1.0"),
         ({"offload": {"link_gbps": float("nan")}}, "config.offload.link_gbps must be at least 0, not nan"),
         ({"offload": {"link_gbps": float("inf")}}, "config.offload.link_gbps must be at least 0, not inf"),
-        ({"offload": {"tier": "hots"}}, "config.offload.tier='hots' is not one of none, host; did you mean host?"),
-        ({"offload": {"tier": "disk"}}, "config.offload.tier='disk' is not one of none, host"),
-        ({"offload": {"policy": "belady"}}, "config.offload.policy='belady' is not one of lru"),
+        (
+            {"offload": {"tier": "hots"}},
+            "config.offload.tier='hots' is not one of none, host, disk; did you mean host?",
+        ),
+        (
+            {"offload": {"policy": "least_stael"}},
+            "config.offload.policy='least_stael' is not one of lru, lfu, least_st",
+        ),
+        ({"offload": {"budget_scope": "expert"}}, "config.offload.budget_scope='expert' is not one of global, layer"),
         (
             {"prefetch": {"predictor": "lerned"}},
             "config.prefetch.predictor='lerned' is not one of none, random, frequency, repeat, router, learned;"

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from moe_jax.checkpoint.convert import convert
+from moe_jax.checkpoint.hf import HFCheckpoint
 from tests.tiny import TINY, write_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +104,14 @@ MISTAKES = {
     "small budget": (["--config.checkpoint={good}", "--config.offload.device_budget=1KiB"], "smallest"),
     "no such prompt file": (["--config.checkpoint={good}", "--prompt_file=/nowhere.txt"], "/nowhere.txt"),
     "bad output folder": (["--config.checkpoint={good}", "--output_json=/no/such/folder/x.json"], "/no/such/folder"),
+    "disk tier of a Hugging Face directory": (
+        ["--config.checkpoint={good}", "--config.offload.tier=disk"],
+        "python convert.py --checkpoint={good}",
+    ),
+    "belady without a future": (
+        ["--config.checkpoint={good}", "--config.offload.policy=belady"],
+        "--config.offload.trace",
+    ),
     "bad sampling": (["--config.checkpoint={good}", "--top_p=1.5"], "--top_p"),
 }
 
@@ -128,30 +140,72 @@ def test_a_mistake_is_one_line_and_exit_code_2(places, mistake):
     done = infer(*(flag.format(**places) for flag in flags))
     lines = [line for line in done.stderr.splitlines() if not line.endswith("...")]  # progress
     assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and lines[0].startswith("infer.py: error: ") and named in lines[0], done.stderr
+    assert len(lines) == 1 and lines[0].startswith("infer.py: error: ") and named.format(**places) in lines[0], (
+        done.stderr
+    )
 
 
-def test_ctrl_c_prints_what_there_is(checkpoint, tmp_path):
-    out = tmp_path / "out.json"
-    flags = (f"--config.checkpoint={checkpoint}", "--prompt=go on", "--max_new_tokens=240", f"--output_json={out}")
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    slow = "--config.offload.link_gbps=0.0005"  # every copy takes 18 ms, so that the run lasts
+@pytest.fixture(scope="module")
+def converted(checkpoint, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("converted") / "bank"
+    convert(HFCheckpoint(checkpoint), directory)
+    return directory
+
+
+def disturbed(disturb, out: Path, *flags: str) -> tuple[int, str]:
+    """A run of 240 tokens on which `disturb(process)` falls once some text has come: exit code and what it printed."""
+    slow = "--config.offload.link_gbps=0.0005"  # every expert takes 18 ms, so that the run lasts
+    tokens = ("--prompt=go on", "--max_new_tokens=240", f"--output_json={out}")
     with subprocess.Popen(
-        command(*flags, slow, "--config.offload.device_budget=6%"),
+        command(*flags, *tokens, slow, "--config.offload.device_budget=6%"),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     ) as process:
         assert process.stdout is not None
         printed = ""
         while len(printed.partition("go on")[2]) < 8 and process.poll() is None:  # some text has come
             printed += process.stdout.read(1)
-        process.send_signal(signal.SIGINT)
+        disturb(process)
         printed += process.communicate(timeout=60)[0]
-    assert process.returncode == 130, printed
-    assert "Traceback" not in printed and "interrupted" in printed and "hit rate" in printed
+    assert "Traceback" not in printed, printed
+    return process.returncode, printed
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_ctrl_c_prints_what_there_is(checkpoint, converted, tmp_path, tier):
+    out = tmp_path / "out.json"
+    directory = checkpoint if tier == "host" else converted
+    flags = (f"--config.checkpoint={directory}", f"--config.offload.tier={tier}")
+    code, printed = disturbed(lambda process: process.send_signal(signal.SIGINT), out, *flags)
+    assert code == 130 and "interrupted" in printed and "hit rate" in printed
     document = json.loads(out.read_text())
     assert 0 < len(document["outputs"][0]["token_ids"]) < 240
     assert document["metrics"]["needed"]["missed"] is not None
+
+
+def test_a_bank_file_that_is_truncated_underneath_ends_the_run_with_one_line(converted, tmp_path):
+    directory, out = shutil.copytree(converted, tmp_path / "bank"), tmp_path / "out.json"
+    file = sorted(directory.glob("experts-*"))[2]
+    flags = (f"--config.checkpoint={directory}", "--config.offload.tier=disk")
+    code, printed = disturbed(lambda process: os.truncate(file, 4096), out, *flags)
+    [line] = [line for line in printed.splitlines() if "error:" in line]
+    assert code == 1 and re.search(rf"error: loading layer 2 expert \d failed: {file} was truncated", line), printed
+    assert "hit rate" in printed  # and what had come by then is kept
+    document = json.loads(out.read_text())
+    [output] = document["outputs"]
+    assert 0 < len(output["token_ids"]) < 240 and output["prompt"] + output["text"] in printed
+
+
+def test_the_disk_tier_writes_what_the_resident_model_writes(converted, tmp_path):
+    texts = []
+    for flags in (["--config.offload.tier=none"], ["--config.offload.tier=disk", "--config.offload.policy=predicted"]):
+        out = tmp_path / "out.json"
+        done = infer(
+            f"--config.checkpoint={converted}", "--prompt=abc", "--max_new_tokens=24", f"--output_json={out}", *flags
+        )
+        assert done.returncode == 0, done.stderr
+        texts.append(json.loads(out.read_text())["outputs"])
+    assert texts[0] == texts[1]

@@ -3,8 +3,8 @@
     open source ─► plan files ─► check the disk ─► dense ─► experts, a file per layer ─► config, index ─► manifest
                                                    └── after each file: fsync, rename, note its checksums in a journal
 
-Killed at any moment, the same call goes on after the last file that was noted, and ends with the same bytes. At most
-one expert (read, and quantised) or one dense array is in memory.
+Killed at any moment, the same call goes on after the last file that was noted, and ends with the same bytes. While one
+block is written the next is read, and quantised, as far as both fit into two experts and the largest dense array.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +45,7 @@ from moe_jax.checkpoint.converted import (
 )
 from moe_jax.checkpoint.hf import INDEX, SINGLE, read_json
 from moe_jax.checkpoint.quantize import FORMATS, quantize, quantized_spec
+from moe_jax.checkpoint.read_ahead import read_ahead
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import ExpertWeights
@@ -152,12 +153,12 @@ class _Conversion:
         """Writes what is missing."""
         self._check_space()
         self._write_journal()
-        for name in self._files:
-            if name not in self._finished:
-                self._finished[name] = self._write(name)
+        missing = [name for name in self._files if name not in self._finished]
+        self._report(sum(self._sizes[name] for name in self._finished))
+        with contextlib.closing(self._read([block for name in missing for block in self._files[name]])) as arrays:
+            for name in missing:
+                self._finished[name] = self._write(name, arrays)
                 self._write_journal()
-            else:
-                self._report(self._sizes[name])
         for file in _small_files(self._source.directory):
             write_durably(self._output / file.name, file.read_bytes())
         tensors = {part: name for name, blocks in self._files.items() for parts in blocks.values() for part in parts}
@@ -172,14 +173,14 @@ class _Conversion:
         sync_directory(self._output)
         return Converted(self._output)
 
-    def _write(self, name: str) -> dict[str, Any]:
-        """Writes one file; gives its entry of the manifest."""
+    def _write(self, name: str, arrays: Iterator[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+        """Writes one file of the blocks that come next; gives its entry of the manifest."""
         blocks = self._files[name]
         placed = plan(self._output / name, blocks)[1]
         with BankWriter(self._output / name, blocks) as writer:
             self._report(self._sizes[name] - sum(at.nbytes for at in placed.values()))
             for block in blocks:
-                writer.write(block, self._arrays(block))
+                writer.write(block, next(arrays))
                 self._report(placed[block].nbytes)
             checksums = writer.finish()
             header = writer.header_checksum
@@ -191,6 +192,19 @@ class _Conversion:
                 for block, at in placed.items()
             },
         }
+
+    def _read(self, blocks: list[str]) -> Generator[Mapping[str, np.ndarray]]:
+        """The tensors of every block, in this order."""
+        dense = {dense_block(path): nbytes(x) for path, x in self._source.dense_spec.items()}
+        before, after = (sum(map(nbytes, jax.tree.leaves(x))) for x in (self._source.expert_spec, self._spec))
+        needed = before if self._form == "none" else before + after
+        return read_ahead(
+            blocks,
+            self._arrays,
+            held=lambda block: dense.get(block, after),
+            needed=lambda block: dense.get(block, needed),
+            limit=2 * before + max(dense.values()),
+        )
 
     def _arrays(self, block: str) -> Mapping[str, np.ndarray]:
         """The tensors of a block."""

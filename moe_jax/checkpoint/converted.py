@@ -152,8 +152,12 @@ class Converted:
           UserError: the block is not what was written.
         """
         name = expert_block(self.architecture, layer, expert)
-        parts = {part.removeprefix(name + "."): array for part, array in self._read(name).items()}
-        return expert_weights(parts, self._matrix)
+        return self._expert(name, self._read(name))
+
+    def expert_views(self, layer: int, expert: int, memory: np.ndarray) -> ExpertWeights:
+        """The arrays of an expert whose block has been read into `memory`, uint8; views, not checked."""
+        name = expert_block(self.architecture, layer, expert)
+        return self._expert(name, _views(self._blocks[name], memory))
 
     def expert_location(self, layer: int, expert: int) -> Block:
         """Where an expert lies, for whoever reads the file itself (start and size are multiples of 4096)."""
@@ -167,10 +171,10 @@ class Converted:
         data = np.frombuffer(mapped, np.uint8, block.nbytes, block.start)
         if zlib.crc32(data.data) != self._checksums[name]:
             raise UserError(f"{block.file} is damaged: {name} does not have the checksum of its conversion; {REDO}")
-        return {
-            part: data[t.start - block.start :][: t.nbytes].view(DTYPES[t.dtype]).reshape(t.shape)
-            for part, t in block.tensors.items()
-        }
+        return _views(block, data)
+
+    def _expert(self, name: str, parts: dict[str, np.ndarray]) -> ExpertWeights:
+        return expert_weights({part.removeprefix(name + "."): x for part, x in parts.items()}, self._matrix)
 
     def _locate(self, files: dict[str, Any], entries: dict[str, Any]) -> dict[str, Block]:
         """Every block with its tensors, from headers that are what was written."""
@@ -199,6 +203,14 @@ class Converted:
                 inside[part] = tensor
             blocks[name] = Block(self.directory / entry["file"], entry["start"], entry["bytes"], inside)
         return blocks
+
+
+def _views(block: Block, data: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of a block by name, as views of its bytes."""
+    return {
+        part: data[t.start - block.start :][: t.nbytes].view(DTYPES[t.dtype]).reshape(t.shape)
+        for part, t in block.tensors.items()
+    }
 
 
 def _map(file: Path) -> mmap.mmap:

@@ -76,7 +76,7 @@ def replay(
 def _plan(engine: Engine, record: Record, step: int, layer: int) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
     ids, active = record.ids[step * engine.architecture.num_moe_layers + layer], record.active[step]
     needed, calls = unique_in_order(ids, active), []
-    for size in arities(len(needed), engine.architecture.top_k):
+    for size in arities(len(needed), engine.together):
         group, needed = needed[:size], needed[size:]
         calls.append((group, *assign(ids, active, group, ids.shape[0])))
     return calls

@@ -8,7 +8,10 @@ resident ones.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+import timeit
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +27,11 @@ from moe_jax.model.experts import ExpertSource, ExpertWeights
 from moe_jax.prediction.predictors import Features
 
 SMALL_CHUNK = 32
+LARGE_EXPERT = 1 << 18
+"""Parameters from which on an expert's computation is worth a call of its own: those that are here run while others
+are still on their way. Smaller ones share calls, since a call costs more than it could hide."""
+MEMORY_TOKENS = 256
+"""Tokens that a predictor is told of afterwards when it was not asked for a while."""
 Sink = Callable[[int, int, Routed], None]
 """Receives (layer among those with experts, chunk, Routed) during prefill; rows are [B, Tc] flattened."""
 
@@ -37,6 +45,7 @@ class DecodeState:
     lengths: np.ndarray  # int32 [B]: positions filled; the next token of a row goes to this position
     active: np.ndarray  # bool [B]: rows still generating
     predictor: Any = None  # the predictor's own state
+    unseen: deque[np.ndarray] = dataclasses.field(default_factory=lambda: deque(maxlen=MEMORY_TOKENS))
     step: int = 0
 
     @property
@@ -85,6 +94,10 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.max_seq_len = max_seq_len or self.architecture.max_seq_len
         self.predictor, self.spec, self.predictor_params = predictor or (None, None, None)
+        self.prediction_s = 0.0  # what the predictions of one token cost; measured by `compile`
+        a = self.architecture
+        large = sum(map(math.prod, a.expert_shapes().values())) >= LARGE_EXPERT
+        self.together = 1 if large else a.top_k  # experts in one call at most
         self._begin = None  # what the predictor says before layer 0, from the token alone
         if self.predictor is not None:
             self._predict = jax.jit(self._predict_fn)
@@ -198,8 +211,9 @@ class Engine:
         positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None]
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
-        first = None
-        if self._begin is not None:
+        first, predicting = None, self._predicting(state)
+        chosen = []
+        if predicting and self._begin is not None:
             first, state.predictor = self._begin(self.predictor_params, state.predictor, x[:, 0], state.active)
         for index, layer in self.numbered:
             if layer is None:
@@ -209,8 +223,9 @@ class Engine:
             if first is not None and layer == 0:
                 # Read once layer 0 is dispatched: copies start while its attention runs.
                 self.source.offer(-1, np.asarray(first))
-            predicted = self._start_prediction(layer, routed, state)
-            outputs = self._run_layer(layer, routed, np.asarray(routed.ids), state.active)
+            predicted = self._start_prediction(layer, routed, state) if predicting else None
+            chosen.append(np.asarray(routed.ids))
+            outputs = self._run_layer(layer, routed, chosen[-1], state.active)
             x = stages.combine(routed.residual, outputs, routed.gates, x)
             if predicted is not None:
                 # Read after this layer's experts are dispatched: the demand never waits for the predictor.
@@ -224,12 +239,23 @@ class Engine:
         if self.record:  # only now: an interrupted step is not one
             self.record.active.append(state.active)
             self.record.lengths.append(state.lengths)
+        if not predicting and self.predictor is not None:
+            state.unseen.append(np.where(state.active[:, None], chosen, -1))
         state.lengths = state.lengths + state.active
         state.step += 1
         return stages.head(self.dense, x, np.zeros(x.shape[0], np.int32))
 
+    def _predicting(self, state: DecodeState) -> bool:
+        """Whether this step makes predictions; if so, the predictor is first told of the steps that it has missed."""
+        if self.predictor is None or not self.source.wants_prediction(self.prediction_s):
+            return False
+        if state.unseen:
+            state.predictor = self.predictor.prime(self.spec, np.stack(state.unseen, axis=2))
+            state.unseen.clear()
+        return True
+
     def _run_layer(self, layer: int, routed: Routed, ids: np.ndarray, active: np.ndarray) -> jax.Array:
-        outputs, top_k = routed.outputs, self.architecture.top_k
+        outputs = routed.outputs
         single = ids.shape[0] == 1
         needed = ids[0].tolist() if single else unique_in_order(ids, active)
         if self.record:
@@ -237,7 +263,7 @@ class Engine:
             self.record.ids.append(ids)
         rank = {expert: i for i, expert in enumerate(self.source.request(layer, needed))}
         groups, start = [], 0
-        for size in arities(len(needed), top_k):
+        for size in arities(len(needed), self.together):
             groups.append((start, needed[start : start + size]))
             start += size
         groups.sort(key=lambda group: max(rank[expert] for expert in group[1]))  # resident groups first
@@ -290,8 +316,8 @@ class Engine:
                 else:
                     stages.dense_layer(layer, self.dense, rope, x, positions, kv)
             outputs = routed.outputs
-            for arity in sorted(set(arities(a.top_k, a.top_k)) | {1, 2, 4, 8}) if decoding else (1,):
-                if arity > a.top_k:
+            for arity in sorted(set(arities(a.top_k, self.together)) | {1, 2, 4, 8}) if decoding else (1,):
+                if arity > self.together:
                     continue
                 for size in sorted({bucket(n, B * T) for n in range(1, B * T + 1)}):
                     rows, slots = np.zeros((arity, size), np.int32), np.full((arity, size), B * T * a.top_k, np.int32)
@@ -299,7 +325,11 @@ class Engine:
             x = stages.combine(routed.residual, outputs, routed.gates, x)
             stages.head(self.dense, x, np.zeros(B, np.int32)).block_until_ready()
         if self.predictor is not None:
-            jax.block_until_ready(self.example_prediction(B)())
+            predict = self.example_prediction(B)
+            jax.block_until_ready(predict())
+            self.prediction_s = a.num_moe_layers * min(
+                timeit.repeat(lambda: jax.block_until_ready(predict()), number=1)
+            )
             if self._begin is not None:
                 state = self.predictor.prime(self.spec, np.zeros((a.num_moe_layers, B, 1, a.top_k), np.int32))
                 embedding = jnp.zeros((B, a.d_model), stages.dtype)

@@ -14,12 +14,15 @@ from moe_jax.inference.generate import Generation
 PERCENTILES = {"median": 50, "p90": 90, "p99": 99}
 
 
-def measure(generation: Generation, compile_s: float, link_gbps: float = 0.0) -> dict[str, Any]:
+def measure(
+    generation: Generation, compile_s: float, link_gbps: float = 0.0, with_bounds: bool = True
+) -> dict[str, Any]:
     """All numbers of what `generation` has done so far. Replays some steps to find the bounds (about a second).
 
     Args:
       compile_s: seconds spent compiling, which no other number contains.
       link_gbps: the simulated link of the run, or 0.
+      with_bounds: measure the bounds too; otherwise they are null.
     """
     engine, timing, record = generation.engine, generation.timing, generation.record
     steps = np.array(timing.step_s)
@@ -45,7 +48,7 @@ def measure(generation: Generation, compile_s: float, link_gbps: float = 0.0) ->
         "peak_device_cache_bytes": summary.get("peak_device_cache_bytes"),
         "device_budget_bytes": offloaded.store.budget_bytes if offloaded else None,
     }
-    if offloaded and len(steps):
+    if offloaded and len(steps) and with_bounds:
         compute, transfer = _compute_and_transfer(engine, generation, link_gbps)
         result["bound_overlap_s"] = max(compute, transfer)
         result["bound_serial_s"] = compute + transfer
@@ -74,5 +77,5 @@ def _compute_and_transfer(engine: Engine, generation: Generation, link_gbps: flo
     compute = bounds.replay(engine, record, pick, generation.capacity)
     loads = len(bounds.lru_misses(record, layers, source.store.capacity))
     rate = source.link_bytes_per_s()
-    transfer = loads * source.store.expert_bytes / len(record.active) / min(rate, link_gbps * 1e9 or rate)
+    transfer = loads * source.bank.link_bytes / len(record.active) / min(rate, link_gbps * 1e9 or rate)
     return compute, transfer

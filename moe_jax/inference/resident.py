@@ -38,5 +38,8 @@ class ResidentExperts:
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
         pass
 
+    def wants_prediction(self, cost_s: float) -> bool:
+        return False
+
     def close(self) -> None:
         pass

@@ -74,14 +74,9 @@ class Model:
         if self.config.offload.tier == "none":
             return ResidentExperts(self.checkpoint)
         # Here, so that the all-resident reference never imports offload.
-        from moe_jax.offload.bank import HostBank
-        from moe_jax.offload.source import OffloadedExperts, check_budget, parse_budget
+        from moe_jax.offload.open import open_source
 
-        a, offload = self.checkpoint.architecture, self.config.offload
-        total = a.num_moe_layers * a.num_experts * self.checkpoint.expert_bytes
-        budget = parse_budget(offload.device_budget, total, _free_bytes())
-        check_budget(budget, a, self.checkpoint.expert_bytes)
-        return OffloadedExperts(HostBank(self.checkpoint), a, budget, link_gbps=offload.link_gbps)
+        return open_source(self.config.offload, self.checkpoint, _free_bytes())
 
     def predictor_directory(self) -> str:
         """Where the trained predictor is; empty: there is none."""
@@ -133,9 +128,12 @@ class Model:
         for _, piece in self.start([prompt], max_new_tokens, sampling):
             yield piece
 
-    def metrics(self, generation: Generation) -> dict[str, Any]:
-        """Every number of design.md for what `generation` has done so far; null where it does not apply."""
-        return metrics.measure(generation, self.compile_s, self.config.offload.link_gbps)
+    def metrics(self, generation: Generation, bounds: bool = True) -> dict[str, Any]:
+        """Every number of design.md for what `generation` has done so far; null where it does not apply.
+
+        `bounds`: measure them too, which needs a bank that can be read.
+        """
+        return metrics.measure(generation, self.compile_s, self.config.offload.link_gbps, bounds)
 
     def close(self) -> None:
         """Stops background work."""

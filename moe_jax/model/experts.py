@@ -57,6 +57,10 @@ class ExpertSource(Protocol):
         """
         ...
 
+    def wants_prediction(self, cost_s: float) -> bool:
+        """Whether predictions that cost so many seconds per token are likely to gain more; asked once per token."""
+        ...
+
     def close(self) -> None:
         """Stops background work. The source is unusable afterwards."""
         ...

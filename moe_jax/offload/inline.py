@@ -36,7 +36,7 @@ class InlineLoader(Loader):
         self._starved = False
         while (key := self._next_demand()) is not None:
             self.store.settle()
-            if not self.store.has_room():
+            if not self.store.has_room(key):
                 victim = self._victim_for(key)
                 # Never waits here: what cannot be issued now is issued by `take`.
                 if victim is None or self.store.draining or not self.store.resident[victim].idle():
@@ -61,7 +61,7 @@ class InlineLoader(Loader):
                 self._land(next(key for key in self._wanted if key in self._flights))
                 continue
             self.store.settle()
-            if self.store.has_room():
+            if self.store.has_room(key):
                 self._issue(key, "demand")
             elif self.store.draining:
                 wait_for(self.store.draining[0].uses)
@@ -71,7 +71,7 @@ class InlineLoader(Loader):
                 self._land(next(key for key in self._flights if key not in self._wanted))
 
     def _issue(self, key: Key, cause: Cause) -> None:
-        load = self._start(key, cause)
+        load = self._start(key, cause, self._bank.link_bytes)
         try:
             weights = self._bank.copy(key)
         except Exception as error:

@@ -1,12 +1,14 @@
 """`Loader`: decides what moves when. What is common to both ways of issuing copies.
 
 Demand comes before speculation; speculation happens only where no demand is queued. Nothing issued can be cancelled or
-overtaken, so at most one speculative copy is in flight. Who may be evicted:
+overtaken, so at most one speculative copy, or slice of one, is in flight. Who may be evicted:
 
     for an expert that `take` blocks on       anything unpinned that this `take` does not want; of the experts that the
                                               current request still waits to take, only if there is nothing else
     for any other demanded expert             unpinned, and not among those still to be taken
     for a speculated one                      the same, idle, and less likely to be needed than it
+
+Where layers have equal shares of the budget, only experts of the same layer. Of these the policy chooses.
 
 What a `take` wants and what is pinned together never exceed the budget (checked), every copy ends, and computations end
 by themselves: so each `take` ends too, at every budget.
@@ -17,20 +19,18 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from moe_jax.errors import LoadError
 from moe_jax.model.experts import ExpertWeights, Key
-from moe_jax.offload.bank import Bank
+from moe_jax.offload.benefit import Benefit
 from moe_jax.offload.outlook import Outlook
 from moe_jax.offload.store import ArrayStore
 from moe_jax.trace import Cause, Load, Outcome, Trace
-
-
-class LoadError(RuntimeError):
-    """A copy to the device failed; names the expert. Taking the expert again tries again."""
 
 
 class Loader:
@@ -39,11 +39,12 @@ class Loader:
     Attributes:
       trace: where loads are recorded; may be replaced between tokens.
       store: the books; read them, do not write.
+      benefit: what speculation has gained.
     """
 
     def __init__(
         self,
-        bank: Bank,
+        bank: Any,
         store: ArrayStore,
         outlook: Outlook,
         *,
@@ -52,13 +53,15 @@ class Loader:
     ):
         """
         Args:
+          bank: a `Bank`, for `InlineLoader` an `AsyncBank`.
           link_gbps: a simulated link of so many 10^9 bytes per second; 0: as fast as it goes.
           delay: seconds that the arrival of an expert is held up (tests).
         """
         self.trace = Trace()
         self.store = store
+        self.benefit = Benefit()
         self._bank, self._outlook, self._delay = bank, outlook, delay
-        self._link_s = store.expert_bytes / (link_gbps * 1e9) if link_gbps else 0.0
+        self._link_s = bank.link_bytes / (link_gbps * 1e9) if link_gbps else 0.0
         self._lock = threading.Lock()
         self._closed = False
         self._starved = False  # a demand waits until something is released
@@ -79,11 +82,12 @@ class Loader:
             self._poll()
             self._clock(time.perf_counter())
             self._layer = layer
-            self._outlook.passed(layer)
+            self._outlook.passed(layer, [expert for _, expert in keys])
             self._pending = dict.fromkeys(keys)
             self._demand.clear()
             self._failures.clear()
             outcomes: list[Outcome] = [self._classify(key) for key in keys]
+            self.benefit.found(outcomes.count("prefetched"), self._copy_s)
             for key in keys:
                 self.store.use(key)
             if self._demand:
@@ -111,6 +115,7 @@ class Loader:
                     self._wanted = {}
                 stall = time.perf_counter() - began
                 self._stalled += stall
+                self.benefit.stalled(stall)
             for key in keys:
                 self._pending.pop(key, None)
             return tuple([self.store.pin(key) for key in keys]), stall
@@ -151,8 +156,10 @@ class Loader:
                 self.store.settle()
                 if (self.store.capacity - count) * self.store.expert_bytes >= self.store.used_bytes:
                     return
+                if self._give_up():
+                    continue
                 if candidates := self._evictable(True):
-                    self._evict(self.store.victim(candidates))
+                    self._evict(self._choose(candidates))
                     continue
             time.sleep(1e-4)  # a last copy is in flight
 
@@ -176,6 +183,10 @@ class Loader:
     def _poll(self) -> None:
         """Notices copies that have arrived, where nobody else does."""
 
+    def _give_up(self) -> bool:
+        """Drops a speculative load that has begun and waits for its turn; whether there was one."""
+        return False
+
     # Shared parts, under the lock.
 
     def _check_usable(self) -> None:
@@ -184,10 +195,10 @@ class Loader:
 
     def _check_possible(self) -> None:
         others = sum(entry.pins > 0 for key, entry in self.store.resident.items() if key not in self._wanted)
-        if others + len(self._wanted) > self.store.capacity:
+        if others + len(self._wanted) > self.store.per_layer:
             raise RuntimeError(
                 f"{len(self._wanted)} experts are taken while {others} are not released;"
-                f" the device budget holds {self.store.capacity}"
+                f" the device budget holds {self.store.per_layer}"
             )
 
     def _clock(self, now: float) -> None:
@@ -213,17 +224,27 @@ class Loader:
                 return key
         return next(iter(self._demand), None)
 
-    def _evictable(self, pending_too: bool) -> dict[Key, None]:
+    def _evictable(self, pending_too: bool, key: Key | None = None) -> dict[Key, None]:
+        """What may go, for `key` if it is given: if its layer has its share already, only experts of that layer."""
+        layer = key[0] if key and self.store.layer_full(key[0]) else None
         return {
-            key: None
-            for key, entry in self.store.resident.items()
-            if not entry.pins and key not in self._wanted and (pending_too or key not in self._pending)
+            other: None
+            for other, entry in self.store.resident.items()
+            if not entry.pins
+            and other not in self._wanted
+            and (pending_too or other not in self._pending)
+            and (layer is None or other[0] == layer)
         }
+
+    def _choose(self, candidates: Collection[Key]) -> Key:
+        return self.store.victim(candidates, lambda keys: self._outlook.expected(self._layer, keys))
 
     def _victim_for(self, key: Key) -> Key | None:
         """What a demanded expert may evict, by the rules above."""
-        candidates = self._evictable(False) or (self._evictable(True) if key in self._wanted else {})
-        return self.store.victim(candidates) if candidates else None
+        candidates = self._evictable(False, key)
+        if not candidates and key in self._wanted:
+            candidates = self._evictable(True, key)
+        return self._choose(candidates) if candidates else None
 
     def _speculation(self) -> Key | None:
         """The expert most worth a speculative copy, with room made for it, if there is one."""
@@ -232,13 +253,13 @@ class Loader:
             return None
         key, probability = best
         self.store.settle()
-        if not self.store.has_room():
+        if not self.store.has_room(key):
             # Only idle ones: waiting for a computation would hold up a demand that comes meanwhile.
-            worse = self._outlook.below(self._evictable(False), probability)
+            worse = self._outlook.below(self._evictable(False, key), probability)
             candidates = {key: None for key in worse if self.store.resident[key].idle()}
             if not candidates:
                 return None
-            self._evict(self.store.victim(candidates))
+            self._evict(self._choose(candidates))
         return key
 
     def _evict(self, key: Key) -> None:
@@ -248,23 +269,24 @@ class Loader:
             self._demand[key] = None
             self._starved = True
 
-    def _start(self, key: Key, cause: Cause) -> Load:
-        """Books a copy; the caller issues it."""
-        load = Load(*key, cause, self.store.expert_bytes, self.trace.token, time.perf_counter())
+    def _start(self, key: Key, cause: Cause, moved: int) -> Load:
+        """Books a copy, of which `moved` bytes count from now on; the caller issues it."""
+        load = Load(*key, cause, moved, self.trace.token, time.perf_counter())
         self.store.begin(key, load)
         self._demand.pop(key, None)
         self._outlook.hold(key, True)
         if cause == "speculative":
-            self.store.use(key)
+            self.store.use(key, needed=False)
         self.trace.loads.append(load)
         self.trace.peak_bytes = max(self.trace.peak_bytes, self.store.used_bytes)
         return load
 
-    def _arrive(self, key: Key, weights: ExpertWeights) -> None:
+    def _arrive(self, key: Key, weights: ExpertWeights, took: float | None = None) -> None:
+        """`took`: seconds that the link was busy with it, where that is not the time since its issue."""
         load = self.store.in_flight[key]
         self.store.commit(key, weights)
         load.t_done = time.perf_counter()
-        took = load.t_done - load.t_issue
+        took = load.t_done - load.t_issue if took is None else took
         self._copy_s = took if not self._copy_s else 0.9 * self._copy_s + 0.1 * took
 
     def _fail(self, key: Key, error: Exception) -> None:
@@ -275,7 +297,7 @@ class Loader:
         self._outlook.hold(key, False)
         self._outlook.forget(key)
         if key in self._pending or key in self._wanted:
-            failure = LoadError(f"copying layer {key[0]} expert {key[1]} to the device failed: {error}")
+            failure = LoadError(f"loading layer {key[0]} expert {key[1]} failed: {error}")
             failure.__cause__ = error
             self._failures[key] = failure
 

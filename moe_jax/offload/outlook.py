@@ -1,16 +1,22 @@
-"""`Outlook`: what is expected to be needed next, and which of it is worth a speculative copy."""
+"""`Outlook`: what is expected to be needed next, and which of it is worth a speculative load."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from moe_jax.model.experts import Key
 
+FLOOR = 0.6
+"""Least probability of a speculative load. One that is wrong costs a demand its slice of the link and evicts something:
+measured on disk, a floor of 0.3 wastes half of the speculation and is no faster."""
+RATE_TOKENS = 32
+"""Uses of an expert are averaged over about so many tokens."""
+
 
 class Outlook:
-    """Latest predicted probability of every expert.
+    """Latest predicted probability of every expert, and how often each is used.
 
     Once its layer has passed, or before anything is known of it, an expert has the prior K / E.
     """
@@ -18,11 +24,13 @@ class Outlook:
     def __init__(self, num_layers: int, num_experts: int, top_k: int):
         self.prior = top_k / num_experts
         self._value = np.full((num_layers, num_experts), self.prior, np.float32)
+        self._rate = np.full((num_layers, num_experts), self.prior, np.float32)  # uses per token
         self._held = np.zeros((num_layers, num_experts), bool)
         # Row l: the layers in the order in which they come after l, and how many layers ahead each is.
         steps = np.arange(1, num_layers + 1)
         self._ahead = (np.arange(num_layers)[:, None] + steps) % num_layers
         self._distance = steps.astype(np.float32)
+        self._floor = max(FLOOR, self.prior)
 
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
         """Predictions [H, E] for the layers after `layer`, wrapping; they replace earlier ones for these layers.
@@ -32,9 +40,11 @@ class Outlook:
         targets = self._ahead[layer, : len(probabilities)]
         self._value[targets] = probabilities[: len(targets)]
 
-    def passed(self, layer: int) -> None:
+    def passed(self, layer: int, experts: Sequence[int] = ()) -> None:
         """`layer` has stated its needs: what was predicted for it is dropped."""
         self._value[layer] = self.prior
+        self._rate[layer] *= 1 - 1 / RATE_TOKENS
+        self._rate[layer, list(experts)] += 1 / RATE_TOKENS
 
     def clear(self) -> None:
         """Drops every prediction."""
@@ -45,16 +55,20 @@ class Outlook:
         self._held[key] = held
 
     def forget(self, key: Key) -> None:
-        """Not worth a copy until the next prediction (its copy has failed)."""
+        """Not worth a load until the next prediction (its load has failed)."""
         self._value[key] = 0.0
 
+    def likely(self, key: Key) -> bool:
+        """Whether it is likely enough for a speculative load."""
+        return bool(self._value[key] > self._floor)
+
     def best(self, layer: int, layers_per_copy: float) -> tuple[Key, float] | None:
-        """The absent expert of highest expected value, if any is more likely than the prior; the nearest on ties.
+        """The absent expert of highest expected value, if any is likely enough; the nearest on ties.
 
         Args:
           layer: the layer that runs now.
-          layers_per_copy: how many layers run in the time of one copy. A copy that arrives late saves only part of
-            its time, so the value is the probability times the share of the copy that can be hidden.
+          layers_per_copy: how many layers run in the time of one load. A load that arrives late saves only part of
+            its time, so the value is the probability times the share of the load that can be hidden.
 
         Returns:
           The key and its probability. That, and not its value, is what decides about evictions: an expert that turns
@@ -62,7 +76,7 @@ class Outlook:
         """
         order = self._ahead[layer]
         value = self._value[order]
-        value[self._held[order] | (value <= self.prior)] = 0.0
+        value[self._held[order] | (value <= self._floor)] = 0.0
         if layers_per_copy > 0:
             value *= np.minimum(1.0, self._distance / layers_per_copy)[:, None]
         row, expert = divmod(int(value.argmax()), value.shape[1])
@@ -74,3 +88,15 @@ class Outlook:
     def below(self, keys: Iterable[Key], probability: float) -> list[Key]:
         """Those of `keys` that are less likely to be needed."""
         return [key for key in keys if self._value[key] < probability]
+
+    def expected(self, layer: int, keys: Sequence[Key]) -> np.ndarray:
+        """Layers until each of `keys` is needed, in expectation, float [len(keys)].
+
+        An expert whose layer is d ahead is needed there with its probability p; otherwise it waits for another token,
+        one in 1 / rate of which needs it: d + (1 - p) L / rate.
+        """
+        layers, experts = np.array(keys).T
+        count = len(self._value)
+        distance = (layers - layer - 1) % count + 1
+        rate = np.maximum(self._rate[layers, experts], 1e-3)
+        return distance + (1 - self._value[layers, experts]) * count / rate

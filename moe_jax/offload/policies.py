@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import bisect
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from moe_jax.model.experts import Key
+
+Expected = Callable[[Sequence[Key]], np.ndarray]
+"""When experts are expected to be needed next: float [len(keys)], in layers from the one that runs now."""
 
 
 class Eviction(Protocol):
@@ -20,11 +26,11 @@ class Eviction(Protocol):
         """The state before any use."""
         ...
 
-    def on_use(self, state: Any, key: Key) -> Any:
-        """The state after `key` was needed or speculatively loaded."""
+    def on_use(self, state: Any, key: Key, needed: bool = True) -> Any:
+        """The state after `key` was needed, or (`needed` False) speculatively loaded."""
         ...
 
-    def victim(self, state: Any, candidates: Collection[Key]) -> Key:
+    def victim(self, state: Any, candidates: Collection[Key], expected: Expected) -> Key:
         """The member of `candidates` (not empty; membership tests are fast) to evict."""
         ...
 
@@ -36,13 +42,132 @@ class LRU:
         """No uses."""
         return {}
 
-    def on_use(self, state: dict[Key, None], key: Key) -> dict[Key, None]:
+    def on_use(self, state: dict[Key, None], key: Key, needed: bool = True) -> dict[Key, None]:
         """Moves `key` to the recent end."""
         state.pop(key, None)
         state[key] = None
         return state
 
-    def victim(self, state: dict[Key, None], candidates: Collection[Key]) -> Key:
+    def victim(self, state: dict[Key, None], candidates: Collection[Key], expected: Expected) -> Key:
         """The least recent candidate."""
         never_used = next((key for key in candidates if key not in state), None)
         return never_used or next(key for key in state if key in candidates)
+
+
+class LFU:
+    """Evicts what was used least often, counts fading by half every `HALF_LIFE` uses; the least recent on ties."""
+
+    HALF_LIFE = 4096  # uses of any expert: old texts should not keep experts for ever
+
+    def init(self) -> dict[str, Any]:
+        """No uses."""
+        return {"clock": 0, "count": {}, "last": {}}
+
+    def on_use(self, state: dict[str, Any], key: Key, needed: bool = True) -> dict[str, Any]:
+        """Counts one use; a speculative load is none yet."""
+        if not needed:
+            return state
+        state["clock"] += 1
+        if state["clock"] % self.HALF_LIFE == 0:
+            state["count"] = {other: count / 2 for other, count in state["count"].items()}
+        state["count"][key] = state["count"].get(key, 0) + 1
+        state["last"][key] = state["clock"]
+        return state
+
+    def victim(self, state: dict[str, Any], candidates: Collection[Key], expected: Expected) -> Key:
+        """The candidate with the fewest uses."""
+        count, last = state["count"], state["last"]
+        return min(candidates, key=lambda key: (count.get(key, 0), last.get(key, 0)))
+
+
+class LeastStale:
+    """Least-Stale eviction (SpecMD, arXiv 2602.03921): first what was not used since its layer last ran, oldest first.
+
+    Layers run in turn, so what a layer did not use the last time it ran (stale) goes first; among the rest, the
+    experts of the layer that has just run are the farthest from their next use.
+    """
+
+    def init(self) -> dict[str, Any]:
+        """No uses."""
+        return {"clock": 0, "last": {}, "round": {}}
+
+    def on_use(self, state: dict[str, Any], key: Key, needed: bool = True) -> dict[str, Any]:
+        """A layer's round starts with the first need of it after a need of another layer."""
+        state["clock"] += 1
+        layer = key[0]
+        if needed and state.get("layer") != layer:
+            state["layer"] = layer
+            state["round"][layer] = state["clock"]
+        state["last"][key] = state["clock"]
+        return state
+
+    def victim(self, state: dict[str, Any], candidates: Collection[Key], expected: Expected) -> Key:
+        """The stale candidate used longest ago, else one of the layer that ran last."""
+        last, started = state["last"], state["round"]
+
+        def order(key: Key) -> tuple[bool, int, int]:
+            used = last.get(key, 0)
+            stale = used < started.get(key[0], 0)
+            return not stale, 0 if stale else -started.get(key[0], 0), used
+
+        return min(candidates, key=order)
+
+
+class Predicted:
+    """Evicts what is expected to be needed last, by the predictor and by how often an expert is used at all."""
+
+    def init(self) -> None:
+        """It has no state of its own: what is expected is the loader's."""
+        return None
+
+    def on_use(self, state: None, key: Key, needed: bool = True) -> None:
+        """Nothing to remember."""
+        return None
+
+    def victim(self, state: None, candidates: Collection[Key], expected: Expected) -> Key:
+        """The candidate of the longest expected time to its next use."""
+        keys = list(candidates)
+        return keys[int(np.argmax(expected(keys)))]
+
+
+class Belady:
+    """Evicts what is needed farthest in the future of a recorded run (Belady, 1966): a bound, no policy.
+
+    The run must be the recorded one again; where it departs, the policy goes by the record as far as it is.
+    """
+
+    def __init__(self, uses: Sequence[Key]):
+        """`uses`: every (layer, expert) that the recorded run needed, in order (`Trace.steps()`)."""
+        self._at: dict[Key, list[int]] = {}
+        for index, key in enumerate(uses):
+            self._at.setdefault(key, []).append(index)
+
+    def init(self) -> int:
+        """Uses seen so far."""
+        return 0
+
+    def on_use(self, state: int, key: Key, needed: bool = True) -> int:
+        """Goes to the use of the record that this one is: the next one of `key`, if the record has any left."""
+        at = self._at.get(key, []) if needed else []
+        index = bisect.bisect_left(at, state)
+        return at[index] + 1 if index < len(at) else state
+
+    def victim(self, state: int, candidates: Collection[Key], expected: Expected) -> Key:
+        """The candidate whose next use is last, or never."""
+
+        def following(key: Key) -> float:
+            at = self._at.get(key, [])
+            index = bisect.bisect_left(at, state)
+            return at[index] if index < len(at) else float("inf")
+
+        return max(candidates, key=following)
+
+
+POLICIES: dict[str, type[Any]] = {
+    "lru": LRU,
+    "lfu": LFU,
+    "least_stale": LeastStale,
+    "predicted": Predicted,
+    "belady": Belady,
+}
+"""By `config.offload.policy`; `belady` takes the uses of a trace."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -13,7 +14,6 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import ExpertWeights, Key
-from moe_jax.offload.bank import Bank
 from moe_jax.offload.inline import InlineLoader
 from moe_jax.offload.loader import Loader
 from moe_jax.offload.outlook import Outlook
@@ -58,14 +58,17 @@ def parse_budget(text: str, total_bytes: int, auto_bytes: int | None = None, fla
     raise UserError(f'{flag}={text!r} is no budget; give bytes ("512MiB", "6GiB"), a share ("25%") or "auto"')
 
 
-def check_budget(budget_bytes: int, a: Architecture, expert_bytes: int) -> None:
-    """Raises UserError naming the smallest legal budget, K experts of one layer, if this one is below it."""
-    smallest = a.top_k * expert_bytes
-    if budget_bytes < smallest:
-        share = 100 * a.top_k / (a.num_moe_layers * a.num_experts)
+def check_budget(budget_bytes: int, a: Architecture, expert_bytes: int, per_layer: bool = False) -> None:
+    """Raises UserError naming the smallest legal budget if this one is below it.
+
+    That is K experts of one layer; where every layer has a share of its own (`per_layer`), K of every layer.
+    """
+    experts = a.top_k * (a.num_moe_layers if per_layer else 1)
+    if budget_bytes < experts * expert_bytes:
+        share = 100 * experts / (a.num_moe_layers * a.num_experts)
         raise UserError(
-            f"a device budget of {budget_bytes} bytes is too small: the smallest is {a.top_k} experts,"
-            f" {BUDGET_FLAG}={smallest}B ({share:.3g}% of all)"
+            f"a device budget of {budget_bytes} bytes is too small: the smallest is {experts} experts,"
+            f" {BUDGET_FLAG}={experts * expert_bytes}B ({share:.3g}% of all)"
         )
 
 
@@ -79,7 +82,7 @@ class OffloadedExperts:
 
     def __init__(
         self,
-        bank: Bank,
+        bank: Any,
         architecture: Architecture,
         budget_bytes: int,
         *,
@@ -88,26 +91,36 @@ class OffloadedExperts:
         link_gbps: float = 0.0,
         trace: Trace | None = None,
         delay: Callable[[Key], float] | None = None,
+        per_layer: bool = False,
+        threads: int = 1,
     ):
         """
         Args:
-          bank: where the experts are.
+          bank: where the experts are, a `Bank`, for mode "inline" an `AsyncBank`.
           budget_bytes: on the device at most: resident, in flight, and evicted but still computed with.
           policy: of eviction; default LRU.
           mode: who issues copies; default by the backend, see `issue_mode`.
           link_gbps: simulated link, 10^9 bytes per second; 0: none.
           delay: seconds that the arrival of an expert is held up, for tests.
+          per_layer: every layer gets an equal share of the budget; otherwise they compete for all of it.
+          threads: that move experts, in mode "thread".
 
         Raises:
-          UserError: the budget is below K experts.
+          UserError: the budget is too small.
         """
         a = architecture
-        check_budget(budget_bytes, a, bank.expert_bytes)
+        check_budget(budget_bytes, a, bank.expert_bytes, per_layer)
         self.bank = bank
-        store = ArrayStore(budget_bytes, bank.expert_bytes, policy or LRU())
-        make = ThreadLoader if (mode or issue_mode(jax.default_backend())) == "thread" else InlineLoader
+        self._keys = [(layer, expert) for layer in range(a.num_moe_layers) for expert in range(a.num_experts)]
+        share = budget_bytes // bank.expert_bytes // a.num_moe_layers if per_layer else 0
+        store = ArrayStore(budget_bytes, bank.expert_bytes, policy or LRU(), share)
         outlook = Outlook(a.num_moe_layers, a.num_experts, a.top_k)
-        self._loader: Loader = make(bank, store, outlook, link_gbps=link_gbps, delay=delay)
+        options = {"link_gbps": link_gbps, "delay": delay}
+        self._loader: Loader = (
+            ThreadLoader(bank, store, outlook, threads=threads, **options)
+            if (mode or issue_mode(jax.default_backend())) == "thread"
+            else InlineLoader(bank, store, outlook, **options)
+        )
         self.trace = trace or Trace()
 
     @property
@@ -176,22 +189,41 @@ class OffloadedExperts:
         self._loader.make_room(0)
         return [entry.weights for entry in self.store.resident.values()]
 
-    def link_bytes_per_s(self, repeats: int = 5) -> float:
-        """What the link alone gives: experts copied one or two at a time with nothing else running, the better of both.
+    def wants_prediction(self, cost_s: float) -> bool:
+        """Whether predictions of `cost_s` seconds per token are likely to gain more than that; once per token."""
+        return not self._all_resident() and self._loader.benefit.pays(cost_s)
 
-        Experts leave the store to make room for these copies, so that the budget holds; they are dropped afterwards.
+    def _all_resident(self) -> bool:
+        return len(self.store.resident) == len(self._keys)
+
+    def link_bytes_per_s(self, experts: int = 8) -> float:
+        """What the link alone gives to a plain reader of the same experts: the best of 1, 2 and 4 threads.
+
+        Experts leave the store to make room for these loads, so that the budget holds; they are dropped afterwards.
+
+        Args:
+          experts: loaded by each number of threads, at least twice as many as there are threads; at random.
         """
-        best = 0.0
-        keys = list(self._loader.store.resident) or [(0, 0)]
-        for depth in range(1, min(2, self.store.capacity) + 1):
+        rates, rng = [], np.random.default_rng(0)
+        for depth in (1, 2, 4):
+            if depth > self.store.capacity:
+                break
             self._loader.make_room(depth)
-            for turn in range(repeats):
-                chosen = [keys[(turn * depth + i) % len(keys)] for i in range(depth)]
+            turns = [self._keys[i] for i in rng.integers(0, len(self._keys), max(experts, 2 * depth))]
+            with ThreadPoolExecutor(depth) as pool:
                 began = time.perf_counter()
-                jax.block_until_ready([self.bank.copy(key) for key in chosen])
-                best = max(best, depth * self.bank.expert_bytes / (time.perf_counter() - began))
-        return best
+                for _ in pool.map(self._load_and_drop, turns):
+                    pass
+                rates.append(len(turns) * self.bank.link_bytes / (time.perf_counter() - began))
+        return max(rates)
+
+    def _load_and_drop(self, key: Key) -> None:
+        transfer = self.bank.start(key)
+        for index in range(transfer.slices):
+            transfer.move(index)
+        transfer.finish()
 
     def close(self) -> None:
-        """Stops background work and drops the experts. May be called again."""
+        """Stops background work, drops the experts and closes the bank. May be called again."""
         self._loader.close()
+        self.bank.close()

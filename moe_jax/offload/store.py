@@ -9,12 +9,13 @@ An expert's bytes count from the start of its copy until the last computation th
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection
 
 import jax
 
 from moe_jax.model.experts import ExpertWeights, Key
-from moe_jax.offload.policies import Eviction
+from moe_jax.offload.policies import Eviction, Expected
 from moe_jax.trace import Load
 
 
@@ -41,8 +42,11 @@ class ArrayStore:
     Every change of the books is checked: passing the budget, or evicting what is pinned, raises RuntimeError.
     """
 
-    def __init__(self, budget_bytes: int, expert_bytes: int, policy: Eviction):
+    def __init__(self, budget_bytes: int, expert_bytes: int, policy: Eviction, per_layer: int = 0):
         """
+        Args:
+          per_layer: experts that one layer may have at most; 0: as many as the budget holds.
+
         Raises:
           ValueError: the budget does not hold a single expert.
         """
@@ -50,6 +54,8 @@ class ArrayStore:
             raise ValueError(f"a budget of {budget_bytes} bytes holds no expert of {expert_bytes} bytes")
         self.budget_bytes, self.expert_bytes = budget_bytes, expert_bytes
         self.capacity = budget_bytes // expert_bytes
+        self.per_layer = per_layer or self.capacity
+        self._of_layer: Counter[int] = Counter()
         self.resident: dict[Key, Entry] = {}
         self.in_flight: dict[Key, Load] = {}
         self.draining: list[Entry] = []
@@ -61,9 +67,17 @@ class ArrayStore:
         """Resident, in flight, and evicted but still computed with."""
         return (len(self.resident) + len(self.in_flight) + len(self.draining)) * self.expert_bytes
 
-    def has_room(self) -> bool:
-        """Whether one more expert fits now."""
+    def fits(self) -> bool:
+        """Whether the budget has room for one more expert now."""
         return self.used_bytes + self.expert_bytes <= self.budget_bytes
+
+    def layer_full(self, layer: int) -> bool:
+        """Whether `layer` has all the experts that it may have: one more of it needs one of it to go."""
+        return self._of_layer[layer] >= self.per_layer
+
+    def has_room(self, key: Key) -> bool:
+        """Whether this expert fits now."""
+        return self.fits() and not self.layer_full(key[0])
 
     def holds(self, key: Key) -> bool:
         """Resident or in flight."""
@@ -71,9 +85,10 @@ class ArrayStore:
 
     def begin(self, key: Key, load: Load) -> None:
         """Books the bytes of a copy that is about to start."""
-        if self.holds(key) or not self.has_room():
+        if self.holds(key) or not self.has_room(key):
             raise RuntimeError(f"expert {key} is already on its way" if self.holds(key) else "device budget passed")
         self.in_flight[key] = load
+        self._of_layer[key[0]] += 1
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def commit(self, key: Key, weights: ExpertWeights) -> None:
@@ -81,12 +96,13 @@ class ArrayStore:
         self.resident[key] = Entry(weights, self.in_flight.pop(key))
 
     def abort(self, key: Key) -> None:
-        """The copy failed and holds no memory any more."""
+        """The load failed or was given up, and holds no memory any more."""
         del self.in_flight[key]
+        self._of_layer[key[0]] -= 1
 
-    def use(self, key: Key) -> None:
+    def use(self, key: Key, needed: bool = True) -> None:
         """Tells the policy that `key` is needed, or was worth a speculative load."""
-        self._state = self._policy.on_use(self._state, key)
+        self._state = self._policy.on_use(self._state, key, needed)
 
     def pin(self, key: Key) -> ExpertWeights:
         """Guards a resident expert against eviction until as many `unpin`."""
@@ -109,15 +125,16 @@ class ArrayStore:
         for entry in self.resident.values():
             entry.pins = 0
 
-    def victim(self, candidates: Collection[Key]) -> Key:
+    def victim(self, candidates: Collection[Key], expected: Expected) -> Key:
         """The policy's choice among resident, unpinned keys."""
-        return self._policy.victim(self._state, candidates)
+        return self._policy.victim(self._state, candidates, expected)
 
     def evict(self, key: Key) -> None:
         """Gives up a resident expert; its bytes count until its last use has completed."""
         if self.resident[key].pins:
             raise RuntimeError(f"expert {key} is pinned and cannot be evicted")
         self.draining.append(self.resident.pop(key))
+        self._of_layer[key[0]] -= 1
         self.settle()
 
     def settle(self) -> None:

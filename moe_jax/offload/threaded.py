@@ -1,4 +1,4 @@
-"""Copies issued by one background thread: the only way to overlap on the CPU backend."""
+"""Loads moved by background threads: the only way to overlap on the CPU backend, and for reads from a disk on any."""
 
 from __future__ import annotations
 
@@ -10,57 +10,99 @@ from typing import Any
 import jax
 
 from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.offload.bank import Transfer
 from moe_jax.offload.loader import Loader, wait_for
-from moe_jax.trace import Load
+from moe_jax.trace import Cause, Load
+
+
+class _Flight:
+    """A load under way. Slices are handed out in order; what has moved stays moved while nobody works at it."""
+
+    def __init__(self, key: Key, load: Load, transfer: Transfer):
+        self.key, self.load, self.transfer = key, load, transfer
+        self.next = self.moving = self.moved = 0  # slices
+        self.busy_s = 0.0  # spent on slices, by all threads together
+        self.error: Exception | None = None
+        self.landing = False
+
+    def has_work(self) -> bool:
+        """Whether there is a slice to hand out."""
+        return self.next < self.transfer.slices and self.error is None
+
+    def hand_out(self) -> tuple[_Flight, int]:
+        """The next slice, for a thread to move."""
+        self.next += 1
+        self.moving += 1
+        return self, self.next - 1
 
 
 class ThreadLoader(Loader):
-    """One thread copies expert after expert and blocks on each, with the GIL released."""
+    """Threads that move slice after slice and block on each, with the GIL released.
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    Demanded experts come first, in the order of demand, each shared by all threads. When no slice of a demanded expert
+    is queued or moving, one thread moves one speculative slice at a time. One speculative load is unfinished at most:
+    it goes on as long as it is likely enough, waits while demands pass, and is given up for a better one.
+    """
+
+    def __init__(self, *args: Any, threads: int = 1, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._work = threading.Condition(self._lock)  # for the copy thread
+        self._work = threading.Condition(self._lock)  # for the threads
         self._arrived = threading.Condition(self._lock)  # for `take`
         self._stop = threading.Event()  # ends simulated waits at once
         self._crash: BaseException | None = None
-        # A daemon, so that a forgotten close() cannot keep the process; atexit, so that it never outlives the backend.
-        self._thread = threading.Thread(target=self._run, name="moe_jax-copy", daemon=True)
-        self._thread.start()
+        self._flights: dict[Key, _Flight] = {}
+        self._guess: _Flight | None = None  # the speculative one among them, unless a layer has come to need it
+        self._link_free = 0.0
+        # Daemons, so that a forgotten close() cannot keep the process; atexit, so that none outlives the backend.
+        self._threads = [
+            threading.Thread(target=self._run, name=f"moe_jax-copy-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Joins the thread after the copy in flight."""
+        """Joins the threads after the slices that are moving."""
         with self._lock:
             self._closed = True
             self._stop.set()
             self._work.notify_all()
             self._arrived.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         atexit.unregister(self.close)
+        self._flights.clear()
+        self._guess = None
         super().close()
 
     def _check_usable(self) -> None:
         if self._crash is not None:
-            raise RuntimeError("the copy thread ended unexpectedly") from self._crash
+            raise RuntimeError("a copy thread ended unexpectedly") from self._crash
         super()._check_usable()
 
+    def _classify(self, key: Key):
+        if self._guess is not None and self._guess.key == key:
+            self._guess = None  # demanded from now on
+            self._work.notify_all()
+        return super()._classify(key)
+
     def _kick(self) -> None:
-        self._work.notify()
+        self._work.notify_all()
 
     def _obtain(self) -> None:
-        self._work.notify()
+        self._work.notify_all()
         while not all(key in self.store.resident for key in self._wanted):
             self._check_usable()
             self._raise_failures()
             self._arrived.wait()
 
-    # The copy thread.
+    # The threads.
 
     def _run(self) -> None:
         try:
             while (job := self._next_job()) is not None:
-                if isinstance(job, Load):
-                    self._move(job)
+                if isinstance(job, tuple):
+                    self._move(*job)
                 else:
                     wait_for(job)
         except BaseException as error:  # a bug: the decode thread must not wait for ever
@@ -68,47 +110,138 @@ class ThreadLoader(Loader):
                 self._crash = error
                 self._arrived.notify_all()
 
-    def _next_job(self) -> Load | list[jax.Array] | None:
-        """Sleeps until there is a copy to make, computations to wait for before one can be made, or the end (None)."""
+    def _next_job(self) -> tuple[_Flight, int] | list[jax.Array] | None:
+        """Sleeps until there is a slice to move, computations to wait for before one can be, or the end (None)."""
         with self._lock:
             while not self._closed:
                 self._starved = False
+                if (flight := self._urgent()) is not None:
+                    return flight.hand_out()
                 key = self._next_demand()
                 if key is None:
-                    guess = self._speculation()
-                    if guess is not None:
-                        return self._start(guess, "speculative")
+                    if (flight := self._speculative()) is not None:
+                        return flight.hand_out()
+                elif (uses := self._make_way(key)) is not None:
+                    if uses:
+                        return uses
+                    continue
                 else:
-                    self.store.settle()
-                    if self.store.has_room():
-                        return self._start(key, "demand")
-                    if self.store.draining:
-                        return self.store.draining[0].uses
-                    victim = self._victim_for(key)
-                    if victim is not None:
-                        self._evict(victim)
-                        continue
                     self._starved = True
                 self._work.wait()
         return None
 
-    def _move(self, load: Load) -> None:
-        key = (load.layer, load.expert)
-        try:
-            weights = self._copy(key, load)
-        except Exception as error:
-            with self._lock:
-                self._fail(key, error)
-                self._arrived.notify_all()
-            return
-        with self._lock:
-            self._arrive(key, weights)
-            if key in self._wanted:
-                self._arrived.notify_all()
+    def _make_way(self, key: Key) -> list[jax.Array] | None:
+        """One step towards room for a demanded expert, or its start.
 
-    def _copy(self, key: Key, load: Load) -> ExpertWeights:
-        weights = jax.block_until_ready(self._bank.copy(key))
-        if self._link_s or self._delay:
-            rest = load.t_issue + self._link_s - time.perf_counter() + (self._delay(key) if self._delay else 0.0)
+        Returns:
+          Computations to wait for; empty: the step is done; None: nothing can go before something is released.
+        """
+        self.store.settle()
+        if self.store.has_room(key):
+            self._take_off(key, "demand")
+            return []
+        if self.store.draining and not self.store.layer_full(key[0]):
+            return self.store.draining[0].uses
+        guess = self._guess
+        if guess is not None and not self._outlook.likely(guess.key) and self._give_up():
+            return []
+        victim = self._victim_for(key)
+        if victim is not None:
+            self._evict(victim)
+            return []
+        return [] if self._give_up() else None
+
+    def _urgent(self) -> _Flight | None:
+        """A demanded flight with a slice to hand out: what `take` blocks on first, then the oldest."""
+        found = None
+        for flight in self._flights.values():
+            if flight is not self._guess and flight.has_work():
+                if flight.key in self._wanted:
+                    return flight
+                found = found or flight
+        return found
+
+    def _speculative(self) -> _Flight | None:
+        if any(flight.moving for flight in self._flights.values()):
+            return None  # the link is not idle
+        guess = self._guess
+        if guess is not None and guess.has_work() and self._outlook.likely(guess.key):
+            return guess
+        key = self._speculation()
+        if key is None:
+            return None
+        self._give_up()
+        self._guess = self._take_off(key, "speculative")
+        return self._guess
+
+    def _take_off(self, key: Key, cause: Cause) -> _Flight:
+        flight = self._flights[key] = _Flight(key, self._start(key, cause, 0), self._bank.start(key))
+        return flight
+
+    def _give_up(self) -> bool:
+        """Drops the unfinished speculative load, if there is one of which nothing is moving."""
+        guess = self._guess
+        if guess is None or guess.moving or guess.landing:
+            return False
+        self._forget(guess)
+        self.store.abort(guess.key)
+        self._outlook.hold(guess.key, False)
+        return True
+
+    def _forget(self, flight: _Flight) -> None:
+        del self._flights[flight.key]
+        if self._guess is flight:
+            self._guess = None
+
+    def _move(self, flight: _Flight, index: int) -> None:
+        """Moves a slice; the thread that ends the last one lands the flight."""
+        began, error = time.perf_counter(), None
+        try:
+            flight.transfer.move(index)
+            self._throttle(began, flight.transfer.slices)
+        except Exception as failure:
+            error = failure
+        with self._lock:
+            flight.busy_s += time.perf_counter() - began
+            flight.moving -= 1
+            flight.error = flight.error or error
+            if error is None:
+                flight.moved += 1
+                flight.load.bytes += flight.transfer.size(index)
+            if flight.moving or (flight.moved < flight.transfer.slices and flight.error is None):
+                self._work.notify_all()
+                return
+            flight.landing = True
+        self._land(flight)
+
+    def _land(self, flight: _Flight) -> None:
+        weights: ExpertWeights | None = None
+        error, flight.error = flight.error, None
+        if error is None:
+            try:
+                weights = flight.transfer.finish()
+                if self._delay:
+                    self._stop.wait(self._delay(flight.key))
+            except Exception as failure:
+                error = failure
+        with self._lock:
+            self._forget(flight)
+            if error is not None:
+                self._fail(flight.key, error)
+            else:
+                assert weights is not None
+                self._arrive(flight.key, weights, flight.busy_s / self._sharers(flight))
+            self._arrived.notify_all()
+            self._work.notify_all()
+
+    def _sharers(self, flight: _Flight) -> int:
+        """Threads that shared a load: all of them, where it was demanded and has slices enough."""
+        return min(len(self._threads), flight.transfer.slices) if flight.load.cause == "demand" else 1
+
+    def _throttle(self, began: float, slices: int) -> None:
+        """A simulated link takes one slice after another, whoever moves them; the real move is part of its time."""
+        if self._link_s:
+            with self._lock:
+                self._link_free = max(self._link_free, began) + self._link_s / slices
+                rest = self._link_free - time.perf_counter()
             self._stop.wait(max(rest, 0.0))
-        return weights

@@ -13,6 +13,7 @@ from moe_jax.inference.resident import ResidentExperts
 from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.prediction import predictors
 from tests import reference
+from tests.prediction.tiny_predictor import write_predictor
 from tests.tiny import SIZES, TINY, write_tiny
 
 
@@ -55,6 +56,10 @@ class Watched(ResidentExperts):
     def __init__(self, checkpoint):
         super().__init__(checkpoint)
         self.requested, self.offered = 0, []
+        self.wanted = iter(lambda: True, False)  # for ever
+
+    def wants_prediction(self, cost_s):
+        return next(self.wanted)
 
     def request(self, layer, experts):
         self.requested += 1
@@ -80,6 +85,29 @@ def test_a_predictor_speaks_before_layer_0_has_stated_its_needs(model):
     np.testing.assert_allclose(source.offered[0][2], expected.probability[0], atol=1e-6)
     _, state = plain.prefill([prompt], 2)
     assert np.asarray(decoded).tobytes() == np.asarray(plain.decode(np.array([7], np.int32), state)).tobytes()
+
+
+@pytest.mark.parametrize("name", ["learned", "router"])  # one remembers the last token, one nothing
+def test_a_predictor_that_was_not_asked_for_a_while_is_told_what_it_has_missed(model, name, tmp_path):
+    directory, a, plain = model
+    checkpoint = HFCheckpoint(directory)
+    write_predictor(tmp_path, checkpoint, horizon=2)
+
+    def offered(*wanted):
+        source = Watched(checkpoint)
+        engine = Engine(plain.stages, plain.dense, source, predictors.load(name, 2, str(tmp_path), a, plain.dense))
+        _, state = engine.prefill(prompts([5, 3]), 9)
+        source.wanted, found = iter(wanted), []
+        for token in range(len(wanted)):
+            source.offered = []
+            engine.decode(np.array([token + 7, 3 * token], np.int32), state)
+            found.append([probabilities for _, _, probabilities in source.offered])
+        return found
+
+    always, now_and_then = offered(*[True] * 6), offered(True, False, False, True, True, False)
+    assert [bool(step) for step in now_and_then] == [True, False, False, True, True, False]
+    for step in (0, 3, 4):
+        np.testing.assert_array_equal(now_and_then[step], always[step])
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 33, 140])

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.checkpoint.families import mixtral
 from moe_jax.model.experts import ExpertWeights
-from moe_jax.offload.bank import HostBank
+from moe_jax.offload.bank import HostBank, WholeCopy
 from moe_jax.offload.source import OffloadedExperts
 
 L, E, K, D, F = 3, 6, 2, 4, 3
@@ -59,7 +59,7 @@ class WatchedBank:
     A gate holds copies up until `let(n)`; `fail` names keys whose copy raises.
     """
 
-    expert_bytes = BANK.expert_bytes
+    expert_bytes = link_bytes = BANK.expert_bytes
 
     def __init__(self, capacity=L * E, gated=False):
         self.capacity = capacity
@@ -111,6 +111,12 @@ class WatchedBank:
         for array in arrays:
             weakref.finalize(array, self._died, number)
         return weights
+
+    def start(self, key):
+        return WholeCopy(self.copy, key, self.link_bytes)
+
+    def close(self):
+        pass
 
     def _died(self, number):
         self._alive[number] -= 1

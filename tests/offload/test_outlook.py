@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_jax.offload.outlook import Outlook
+from moe_jax.offload.outlook import FLOOR, Outlook
 from tests.offload.rig import E, K, L, predictions
 
 
@@ -82,8 +82,34 @@ def test_a_new_prediction_replaces_the_one_before():
 
 def test_a_horizon_longer_than_the_model_is_cut():
     o = outlook()
-    o.offer(0, predictions({1: 0.5}, {}, {}, {1: 0.9}))
-    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.5))
+    o.offer(0, predictions({1: 0.7}, {}, {}, {1: 0.9}))
+    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.7))
+
+
+def test_what_is_not_likely_enough_is_no_candidate():
+    o = outlook()
+    o.offer(0, predictions({1: FLOOR}, {2: FLOOR + 0.01}))
+    assert o.best(0, 0.0) == ((2, 2), pytest.approx(FLOOR + 0.01))
+    assert o.likely((2, 2)) and not o.likely((1, 1))
+    o.passed(2)
+    assert o.best(0, 0.0) is None and not o.likely((2, 2))
+
+
+def test_expected_next_use():
+    o = outlook()
+    prior = K / E
+    # One layer ahead, two, and a whole token: each at its prior, else the token after, one in 1 / prior of which.
+    np.testing.assert_allclose(o.expected(1, [(2, 0), (0, 0), (1, 0)]), np.array([1, 2, 3]) + (1 - prior) * L / prior)
+    o.offer(1, predictions({0: 1.0}, {0: 0.75}))
+    np.testing.assert_allclose(o.expected(1, [(2, 0), (0, 0)]), [1, 2 + 0.25 * L / prior])
+
+
+def test_experts_in_use_are_expected_sooner():
+    o = outlook()
+    for _ in range(50):
+        o.passed(0, [1, 2])
+    often, seldom, never_asked = o.expected(1, [(0, 1), (0, 3), (2, 3)])
+    assert often < 6 < 20 < seldom and never_asked < seldom
 
 
 def test_offered_arrays_are_not_aliased():

@@ -1,14 +1,25 @@
-"""Eviction policies from a table."""
+"""Eviction policies from tables, and Belady's against every possible choice."""
 
+import functools
+
+import hypothesis.strategies as st
+import numpy as np
 import pytest
+from hypothesis import given
 
-from moe_jax.offload.policies import LRU
+from moe_jax.offload.policies import LFU, LRU, POLICIES, Belady, LeastStale, Predicted
 
 A, B, C, D = (0, 0), (0, 1), (1, 0), (1, 1)
+KEYS = [A, B, C, D]
+
+
+def expected(keys):
+    """A is expected first, D last."""
+    return np.array([float(KEYS.index(key)) for key in keys])
 
 
 @pytest.mark.parametrize(
-    ("policy", "uses", "candidates", "expected"),
+    ("policy", "uses", "candidates", "victim"),
     [
         (LRU(), [A, B, C], {A, B, C}, A),
         (LRU(), [A, B, C, A], {A, B, C}, B),  # used again
@@ -16,18 +27,82 @@ A, B, C, D = (0, 0), (0, 1), (1, 0), (1, 1)
         (LRU(), [A, B, C, D], {D}, D),
         (LRU(), [A, B, A, B, B, C, A], {A, B, C}, B),  # how often does not matter
         (LRU(), [B, C], {A, B, C}, A),  # never used
+        (LFU(), [A, A, B, C, C], {A, B, C}, B),
+        (LFU(), [A, A, B, C, C], {A, C}, A),  # the older of equals
+        (LFU(), [A, B, B], {A, B, C}, C),  # never used
+        (LFU(), [A] * 5 + [B] * 4 * LFU.HALF_LIFE, {A, B}, A),
+        (LFU(), [A] * LFU.HALF_LIFE + [B] * (LFU.HALF_LIFE - 1), {A, B}, A),  # half of the uses are forgotten
+        (LeastStale(), [A, B, C, D], {A, B, C, D}, C),  # nothing is stale: the layer that ran last is farthest ahead
+        (LeastStale(), [A, B, C, D, A], {A, B, C, D}, B),  # layer 0 has run again without B
+        (LeastStale(), [B, C, D, A, C], {A, B, C, D}, B),  # of two that are stale, the older
+        (LeastStale(), [A, B, C, D, A, C], {A, C}, C),
+        (Predicted(), [D, D], {A, B, C}, C),  # uses do not matter
+        (Predicted(), [], {B, A}, B),
+        (Belady([A, B, C, A, B]), [A, B, C], {A, B, C}, C),  # never again
+        (Belady([A, B, C, A, B]), [A, B, C], {A, B}, B),
+        (Belady([A, B, A, C, B]), [A, B, A], {A, B}, A),
+        (Belady([A, B]), [D, A], {B, D}, D),  # a use that the record lacks
     ],
 )
-def test_victim(policy, uses, candidates, expected):
+def test_victim(policy, uses, candidates, victim):
     state = policy.init()
     for key in uses:
         state = policy.on_use(state, key)
-    assert policy.victim(state, dict.fromkeys(candidates)) == expected
+    assert policy.victim(state, dict.fromkeys(candidates), expected) == victim
 
 
-def test_two_states_are_independent():
-    policy = LRU()
+@pytest.mark.parametrize(
+    ("policy", "victim"),
+    [
+        (LRU(), B),  # as recent as a use
+        (LFU(), A),  # no use yet
+        (LeastStale(), C),  # layer 0's turn has not begun: nothing of it is stale
+        (Belady([A, B, C, B, A, C]), A),  # does not move the record on
+    ],
+)
+def test_a_speculative_load_is_no_use_of_its_layer(policy, victim):
+    state = policy.init()
+    for key in (A, B, C):
+        state = policy.on_use(state, key)
+    state = policy.on_use(state, A, needed=False)
+    candidates = {LFU: {A, B}, LRU: {A, B}, LeastStale: {A, B, C}, Belady: {A, B}}[type(policy)]
+    for key in [B] if isinstance(policy, LFU) else []:
+        state = policy.on_use(state, key)
+    assert policy.victim(state, dict.fromkeys(candidates), expected) == victim
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "least_stale"])
+def test_two_states_are_independent(name):
+    policy = POLICIES[name]()
     first, second = policy.init(), policy.init()
     first = policy.on_use(policy.on_use(first, A), B)
     second = policy.on_use(policy.on_use(second, B), A)
-    assert (policy.victim(first, {A, B}), policy.victim(second, {A, B})) == (A, B)
+    assert (policy.victim(first, {A, B}, expected), policy.victim(second, {A, B}, expected)) == (A, B)
+
+
+def loads(policy, uses, capacity):
+    """Misses of a cache that serves one use after another."""
+    state, held, missed = policy.init(), set(), 0
+    for key in uses:
+        state = policy.on_use(state, key)
+        if key not in held:
+            missed += 1
+            if len(held) == capacity:
+                held.remove(policy.victim(state, held, expected))
+            held.add(key)
+    return missed
+
+
+@given(st.lists(st.sampled_from(KEYS), max_size=14), st.integers(1, 3))
+def test_belady_loads_as_few_as_any_choice_of_victims(uses, capacity):
+    @functools.cache
+    def least(at: int, held: frozenset) -> int:
+        if at == len(uses):
+            return 0
+        if uses[at] in held:
+            return least(at + 1, held)
+        kept = [held] if len(held) < capacity else [held - {victim} for victim in held]
+        return 1 + min(least(at + 1, rest | {uses[at]}) for rest in kept)
+
+    assert loads(Belady(uses), uses, capacity) == least(0, frozenset())
+    assert all(loads(POLICIES[name](), uses, capacity) >= least(0, frozenset()) for name in ("lru", "lfu"))

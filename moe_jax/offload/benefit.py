@@ -1,0 +1,40 @@
+"""`Benefit`: whether predicting pays. Prediction costs compute on every layer; where a cache already holds nearly
+everything, there is nothing left for it to hide, and the best prefetcher is none."""
+
+from __future__ import annotations
+
+WINDOW = 16
+"""Tokens that the averages reach back over."""
+
+
+class Benefit:
+    """Weighs what speculation hides, or could hide, against what a prediction costs; one decision per token."""
+
+    def __init__(self):
+        self._on = True
+        self._tokens = 0
+        self._stall = self._hidden = 0.0  # of the token that runs, seconds
+        self._average: float | None = None
+
+    def found(self, prefetched: int, load_s: float) -> None:
+        """A layer found so many experts in place through speculation; waiting for each would have taken `load_s`."""
+        self._hidden += prefetched * load_s
+
+    def stalled(self, seconds: float) -> None:
+        """The decode thread waited."""
+        self._stall += seconds
+
+    def pays(self, cost_s: float) -> bool:
+        """Whether the next token is worth predictions of `cost_s` seconds. To be asked once per token.
+
+        While there are predictions, what they have hidden counts; while there are none, all waiting, which is the most
+        that they could hide. The gap between the two thresholds keeps the answer from changing with every token.
+        """
+        gain = self._hidden if self._on else self._stall
+        self._average = gain if self._average is None else self._average + (gain - self._average) / WINDOW
+        self._stall = self._hidden = 0.0
+        self._tokens += 1
+        if self._tokens >= WINDOW and self._on != (self._average > cost_s * (1 if self._on else 2)):
+            self._on = not self._on
+            self._tokens, self._average = 0, None
+        return self._on

@@ -1,0 +1,175 @@
+"""`DiskBank`: experts read from the aligned files of a conversion, by O_DIRECT, straight into the arrays' memory.
+
+A block is read in slices, so that a demand never waits for more than one slice of a speculative read, and so that a
+read that was interrupted for it is resumed and not started again. A slice that fails is read once more. Files are
+watched: one that was truncated or replaced since it was opened ends the run rather than serving other weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from moe_jax.checkpoint.bank_file import BLOCK_ALIGN
+from moe_jax.checkpoint.converted import Converted
+from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.offload.bank import Transfer
+from moe_jax.offload.buffers import Buffers
+
+SLICE_BYTES = 1 << 20
+"""Bytes read at once: on the disks seen, larger reads are no faster, and this is what a demand may have to wait for."""
+
+
+class DiskBank:
+    """Reads experts of a converted checkpoint; thread-safe.
+
+    Attributes:
+      expert_bytes: of one block, padding included: what its memory holds and what is read.
+      buffers: that the experts on the device are in.
+    """
+
+    def __init__(self, checkpoint: Converted, slice_bytes: int = SLICE_BYTES):
+        """
+        Args:
+          slice_bytes: bytes of one read, a multiple of 4096.
+        """
+        assert slice_bytes % BLOCK_ALIGN == 0, slice_bytes
+        a = checkpoint.architecture
+        self._checkpoint, self._slice_bytes = checkpoint, slice_bytes
+        keys = [(layer, expert) for layer in range(a.num_moe_layers) for expert in range(a.num_experts)]
+        self._blocks = {key: checkpoint.expert_location(*key) for key in keys}
+        self._files = {file: _File(file) for file in sorted({block.file for block in self._blocks.values()})}
+        self.expert_bytes = self.link_bytes = max(block.nbytes for block in self._blocks.values())
+        self.total_bytes = self.expert_bytes * len(keys)
+        self.buffers = Buffers(self.expert_bytes)
+        device = jax.devices()[0]
+        # On the CPU the buffer itself becomes the array. Elsewhere it goes through pinned memory to the device.
+        self._route = [] if device.platform == "cpu" else [
+            SingleDeviceSharding(device, memory_kind=kind) for kind in ("pinned_host", "device")
+        ]  # fmt: skip
+
+    def start(self, key: Key) -> Transfer:
+        """A read of one expert into memory of its own."""
+        return _Read(self, key)
+
+    def read(self, key: Key, memory: np.ndarray, index: int) -> None:
+        """Reads slice `index` of an expert to where it belongs in `memory`, uint8 [expert_bytes].
+
+        Raises:
+          OSError: it failed twice, or the file is not the one that was opened; the text names the file.
+        """
+        block = self._blocks[key]
+        start = index * self._slice_bytes
+        part = memory[start : min(start + self._slice_bytes, block.nbytes)]
+        self._files[block.file].read(part, block.start + start)
+
+    def sizes(self, key: Key) -> list[int]:
+        """Bytes of each slice of an expert."""
+        nbytes = self._blocks[key].nbytes
+        return [min(self._slice_bytes, nbytes - start) for start in range(0, nbytes, self._slice_bytes)]
+
+    def memory(self) -> np.ndarray:
+        """Memory for one expert, uint8 [expert_bytes]; see `Buffers`."""
+        return self.buffers.lend()
+
+    def arrays(self, key: Key, memory: np.ndarray) -> ExpertWeights:
+        """The expert that was read into `memory`, on the device."""
+        weights = self._checkpoint.expert_views(*key, memory)
+        for memory_kind in self._route:
+            weights = jax.block_until_ready(jax.device_put(weights, memory_kind))
+        return weights if self._route else jax.device_put(weights)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            file.close()
+
+
+class _Read:
+    """A `Transfer` into memory of its own."""
+
+    def __init__(self, bank: DiskBank, key: Key):
+        self._bank, self._key = bank, key
+        self._memory: np.ndarray | None = bank.memory()
+        self._sizes = bank.sizes(key)
+        self.slices = len(self._sizes)
+
+    def size(self, index: int) -> int:
+        return self._sizes[index]
+
+    def move(self, index: int) -> None:
+        assert self._memory is not None
+        self._bank.read(self._key, self._memory, index)
+
+    def finish(self) -> ExpertWeights:
+        memory, self._memory = self._memory, None
+        assert memory is not None
+        return self._bank.arrays(self._key, memory)
+
+
+class _File:
+    """One bank file: O_DIRECT where the file system has it, otherwise buffered reads whose pages are dropped."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._direct = hasattr(os, "O_DIRECT")
+        try:
+            self._handle = os.open(path, os.O_RDONLY | (os.O_DIRECT if self._direct else 0))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._be_buffered()
+        self._identity = _identity(os.fstat(self._handle))
+
+    def read(self, part: np.ndarray, offset: int) -> None:
+        """Fills `part` from `offset`; both aligned to 4096."""
+        try:
+            self._read(part, offset)
+        except OSError as error:
+            if self._direct and error.errno == errno.EINVAL:  # some file systems refuse only the read
+                self.close()
+                self._be_buffered()
+            self._check()
+            self._read(part, offset)  # a second time, for the errors that pass
+        self._check()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._handle)
+
+    def _be_buffered(self) -> None:
+        self._direct = False
+        self._handle = os.open(self._path, os.O_RDONLY)
+
+    def _read(self, part: np.ndarray, offset: int) -> None:
+        view, at = part.data, offset
+        while view:
+            try:
+                count = os.preadv(self._handle, [view], at)
+            except OSError as error:
+                raise OSError(error.errno, os.strerror(error.errno or 0), str(self._path)) from None
+            if not count:
+                raise OSError(f"{self._path} ended at byte {at}: it was truncated; convert the checkpoint again")
+            view, at = view[count:], at + count
+        if not self._direct:
+            os.posix_fadvise(self._handle, offset, len(part), os.POSIX_FADV_DONTNEED)
+
+    def _check(self) -> None:
+        """The bytes may be good, but a file that changes under a run is no bank any more."""
+        try:
+            now = _identity(os.stat(self._path))
+        except FileNotFoundError:
+            raise OSError(f"{self._path} was removed while it was in use") from None
+        if now != self._identity:
+            what = "truncated" if now[:2] == self._identity[:2] and now[2] < self._identity[2] else "replaced"
+            raise OSError(f"{self._path} was {what} while it was in use; convert the checkpoint again")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

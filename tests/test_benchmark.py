@@ -69,7 +69,8 @@ def test_tables_json_and_plot(checkpoint, tmp_path):
         assert rows["lru"]["ratio_to_lru"] == {"value": 1, "low": 1, "high": 1}
         for row in (rows["lru"], rows["repeat"]):
             moved = sum(row["bytes_per_token"].values())
-            assert moved == pytest.approx(row["loads_per_token"] * run["expert_bytes"]) != 0
+            whole = row["loads_per_token"] * run["expert_bytes"]
+            assert 0.8 * whole < moved < 1.0001 * whole  # some may be given up half way
         assert rows["resident"]["loads_to_belady"] is None
         for name in ("lru", "repeat"):
             assert rows[name]["loads_to_belady"] > 0.5  # a prefill may load ahead, outside of what is counted

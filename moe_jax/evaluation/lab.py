@@ -6,6 +6,7 @@ than one budget is filled, and every run starts from the same empty store.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import threading
@@ -19,18 +20,18 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.errors import UserError
-from moe_jax.evaluation.modes import Mode
+from moe_jax.evaluation.modes import BASELINE, Mode
 from moe_jax.evaluation.reader import DiskReader
 from moe_jax.inference import bounds, metrics
 from moe_jax.inference.engine import Engine, Record
 from moe_jax.inference.generate import Generation
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.session import Model
-from moe_jax.model.experts import ExpertSource, ExpertWeights, Key
+from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.bank import HostBank
+from moe_jax.offload.open import open_source
 from moe_jax.offload.source import OffloadedExperts, check_budget, parse_budget
 from moe_jax.prediction import predictors
-from moe_jax.trace import Trace
 
 
 @dataclasses.dataclass
@@ -75,16 +76,13 @@ class Lab:
         self._engines: dict[Mode, Engine] = {}
         self._example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.model.checkpoint.expert_spec)
         self._bank = HostBank(self.model.checkpoint) if config.offload.tier == "host" else None
+        with contextlib.closing(self._open(Mode(BASELINE), "100%", None)) as source:
+            self.expert_bytes = source.store.expert_bytes
 
     @property
     def architecture(self):
         """Of the model."""
         return self.model.checkpoint.architecture
-
-    @property
-    def expert_bytes(self) -> int:
-        """Of one expert on the device."""
-        return self.model.checkpoint.expert_bytes
 
     def budget(self, text: str) -> int:
         """Bytes of a budget: as `config.offload.device_budget`, or "min", K experts.
@@ -112,7 +110,8 @@ class Lab:
     def run(self, mode: Mode, request: Request, budget_bytes: int) -> Measured:
         """One run; checks that it generates what the rehearsal did."""
         engine = self._engine(mode, request)
-        engine.source = self._source(mode, budget_bytes)
+        source = None if mode.resident else self._open(mode, f"{budget_bytes}B", request)
+        engine.source = source or engine.source
         try:
             generation = self._generation(engine, request.prompts)
             gc.collect()
@@ -123,13 +122,13 @@ class Lab:
                 raise AssertionError(f"mode {mode.name} generates {found}, the rehearsal gave {request.token_ids}")
             timing, layers = generation.timing, self.architecture.num_moe_layers
             measured = Measured(timing.step_s, timing.ttft_s[0], metrics.recall(generation.record, layers))
-            if isinstance(engine.source, OffloadedExperts):
-                measured.summary = engine.source.trace.summary()
-                measured.loads = sum(load.token >= 0 for load in engine.source.trace.loads)
+            if source is not None:
+                measured.summary = source.trace.summary()
+                measured.loads = sum(load.token >= 0 for load in source.trace.loads)
             return measured
         finally:
-            if not mode.resident:
-                engine.source.close()
+            if source is not None:
+                source.close()
                 engine.source = self.model.engine.source
 
     def replay(self, request: Request) -> bounds.Replay:
@@ -183,12 +182,10 @@ class Lab:
         horizon = min(mode.horizon or prefetch.horizon, a.num_moe_layers)
         return predictors.load(mode.predictor, horizon, self.model.predictor_directory(), a, base.dense)
 
-    def _source(self, mode: Mode, budget_bytes: int) -> ExpertSource:
-        if mode.resident:
-            return self.model.engine.source
-        assert self._bank is not None
-        link = self.config.offload.link_gbps
-        return OffloadedExperts(self._bank, self.architecture, budget_bytes, trace=Trace(), link_gbps=link)
+    def _open(self, mode: Mode, budget: str, request: Request | None) -> OffloadedExperts:
+        future = bounds.uses_in_order(request.record, self.architecture.num_moe_layers)[0] if request else []
+        config = dataclasses.replace(self.config.offload, device_budget=budget, policy=mode.policy)
+        return open_source(config, self.model.checkpoint, 0, self._bank, future)
 
     def _weights(self) -> Callable[[int, int], ExpertWeights]:
         source = self.model.engine.source

@@ -85,7 +85,7 @@ def _plan(engine: Engine, record: Record, step: int, layer: int) -> list[tuple[l
 def lru_misses(record: Record, num_layers: int, experts_in_budget: int) -> list[Key]:
     """What a cache of this size under LRU, without prefetching, loads during the decode steps of `record`, in order."""
     resident: OrderedDict[Key, None] = OrderedDict()
-    misses, (uses, first) = [], _uses(record, num_layers)
+    misses, (uses, first) = [], uses_in_order(record, num_layers)
     for at, key in enumerate(uses):
         if key not in resident and at >= first:
             misses.append(key)
@@ -102,7 +102,7 @@ def belady_loads(record: Record, num_layers: int, experts_in_budget: int) -> int
     Belady's MIN (IBM Systems Journal 5(2), 1966): what is needed last leaves, which may be what has just been used. The
     experts of a layer count one after another, so that no schedule whatever, prefetching or not, has fewer.
     """
-    uses, first = _uses(record, num_layers)
+    uses, first = uses_in_order(record, num_layers)
     later: dict[Key, int] = {}
     next_use = [0] * len(uses)
     for at in range(len(uses) - 1, -1, -1):
@@ -118,7 +118,7 @@ def belady_loads(record: Record, num_layers: int, experts_in_budget: int) -> int
     return loads
 
 
-def _uses(record: Record, num_layers: int) -> tuple[list[Key], int]:
+def uses_in_order(record: Record, num_layers: int) -> tuple[list[Key], int]:
     """Every use of an expert in order, and the index of the first one after the prefill."""
     prefill = [(i % num_layers, expert) for i, needed in enumerate(record.prefill_needed) for expert in needed]
     complete = record.needed[: len(record.active) * num_layers]

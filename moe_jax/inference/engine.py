@@ -63,7 +63,8 @@ class Record:
     prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per layer
     needed: list[list[int]] = dataclasses.field(default_factory=list)
     ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B, K]
-    predicted: list[np.ndarray] = dataclasses.field(default_factory=list)  # float32 [E], for the layer after
+    # float32 [E], for the layer after; None where a step made no predictions
+    predicted: list[np.ndarray | None] = dataclasses.field(default_factory=list)
     active: list[np.ndarray] = dataclasses.field(default_factory=list)  # bool [B], per step
     lengths: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B], per step
 
@@ -227,7 +228,10 @@ class Engine:
             chosen.append(np.asarray(routed.ids))
             outputs = self._run_layer(layer, routed, chosen[-1], state.active)
             x = stages.combine(routed.residual, outputs, routed.gates, x)
-            if predicted is not None:
+            if predicted is None:
+                if self.record:
+                    self.record.predicted.append(None)
+            else:
                 # Read after this layer's experts are dispatched: the demand never waits for the predictor.
                 probabilities = np.asarray(predicted)
                 if np.isnan(probabilities[0, 0]):

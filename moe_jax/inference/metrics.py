@@ -61,8 +61,9 @@ def recall(record: Record, num_layers: int) -> float | None:
     """Recall of the prediction one layer ahead, not wrapped: top-U of its ranking against the U experts needed."""
     found = []
     for i, needed in enumerate(record.needed[1:]):
-        if i < len(record.predicted) and (i + 1) % num_layers:
-            guess = np.argsort(-record.predicted[i], kind="stable")[: len(needed)]
+        guess = record.predicted[i] if i < len(record.predicted) else None
+        if guess is not None and (i + 1) % num_layers:
+            guess = np.argsort(-guess, kind="stable")[: len(needed)]
             found.append(len(set(guess.tolist()) & set(needed)) / len(needed))
     return float(np.mean(found)) if found else None
 

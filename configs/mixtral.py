@@ -36,6 +36,8 @@ def get_config() -> ConfigDict:
     c.offload = ConfigDict()
     c.offload.tier = "host"  # none | host | disk (a converted checkpoint)
     c.offload.device_budget = "25%"  # of all experts' bytes; or 512MiB, 6GiB, auto
+    c.offload.host_budget = "0%"  # with tier disk: experts kept in host memory besides
+    c.offload.upcast = "stage"  # stage | arrival: when experts take the compute dtype
     c.offload.budget_scope = "global"  # global | layer
     c.offload.policy = "lru"  # lru | lfu | least_stale | predicted | belady
     c.offload.trace = ""  # of an equal run, for belady

@@ -14,6 +14,7 @@ from moe_jax.errors import UserError
 _CHOICES: dict[str, tuple[str, ...]] = {
     "offload.tier": ("none", "host", "disk"),
     "offload.policy": ("lru", "lfu", "least_stale", "predicted", "belady"),
+    "offload.upcast": ("stage", "arrival"),
     "offload.budget_scope": ("global", "layer"),
     "prefetch.predictor": ("none", "random", "frequency", "repeat", "router", "learned"),
     "execution": ("exact",),
@@ -37,6 +38,9 @@ class OffloadConfig:
       tier: "none" keeps every expert on the device, "host" keeps them in host memory, "disk" in the files of a
         converted checkpoint.
       device_budget: bytes of experts on the device, in flight included: "25%" of all, "512MiB", or "auto".
+      host_budget: with tier "disk", bytes of experts kept in host memory besides, in the same notation; "0%": none.
+      upcast: "stage" keeps experts in the checkpoint's dtype and widens them at each use; "arrival" widens them to the
+        compute dtype once they are on the device, where they then take more of the budget.
       budget_scope: "global": layers compete for the budget; "layer": each has an equal share.
       policy: which expert leaves when the budget is full.
       trace: for policy "belady": the trace (`infer.py --trace`) of an earlier, equal run.
@@ -45,6 +49,8 @@ class OffloadConfig:
 
     tier: str = "host"
     device_budget: str = "25%"
+    host_budget: str = "0%"
+    upcast: str = "stage"
     budget_scope: str = "global"
     policy: str = "lru"
     trace: str = ""

@@ -62,7 +62,15 @@ def draw(documents: Sequence[dict[str, Any]], output: Path) -> list[Path]:
         ("bound_overlap_s", "max(C, T) (perfect overlap)", ":"),
         ("machine_s", "both at once, no dependencies", "-."),
     ):
-        axes.plot(share, [1e3 * run["bounds"][name] for run in runs], style, color="black", linewidth=1, label=label)
+        axes.plot(
+            share,
+            [1e3 * run["bounds"][name] for run in runs],
+            style,
+            marker="_",
+            color="black",
+            linewidth=1,
+            label=label,
+        )
     axes.set_xlabel("device budget, % of all experts")
     axes.set_ylabel("ms per output token" + (f", *simulated* link of {simulated:g} GB/s" if simulated else ""))
     axes.set_ylim(bottom=0)

@@ -21,7 +21,7 @@ import numpy as np
 
 from moe_jax.checkpoint.bank_file import DTYPES, PAD, Block
 from moe_jax.checkpoint.families import family
-from moe_jax.checkpoint.hf import HFCheckpoint, read_json
+from moe_jax.checkpoint.hf import HFCheckpoint, read_json, with_generation_config
 from moe_jax.checkpoint.names import expert_weights
 from moe_jax.checkpoint.safetensors_file import Tensor, read_header
 from moe_jax.errors import UserError
@@ -77,7 +77,7 @@ class Converted:
 
     Attributes:
       directory: where it lies.
-      architecture: read from config.json.
+      architecture: read from config.json, end tokens from generation_config.json where it names them.
       quantization: "none", "bf16", "int8" or "int4".
       dtype: dtype of the experts' matrices as stored: "bfloat16", ..., "int8", or "uint8" (two int4 each).
       dense_spec: shapes and dtypes of the dense arrays, by path.
@@ -98,7 +98,7 @@ class Converted:
             raise UserError(f"{directory} has no config.json; copy it from the source of the conversion")
         if manifest.get("format") != FORMAT:
             raise UserError(f"{self.directory / MANIFEST} is not of this version of moe_jax ({FORMAT!r}); {REDO}")
-        self.architecture = a = family(config).read_config(config)
+        self.architecture = a = with_generation_config(family(config).read_config(config), self.directory)
         try:
             self.quantization, self._matrix = manifest["quantization"], MATRICES.get(manifest["matrices"])
             self._checksums = {name: int(entry["crc32"], 16) for name, entry in manifest["blocks"].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from moe_jax.checkpoint.families import family
 from moe_jax.checkpoint.names import Names, Rows, expert_weights
 from moe_jax.checkpoint.safetensors_file import DTYPES, FLOATS, Tensor, empty, read_header, read_into
 from moe_jax.errors import UserError
+from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import ExpertWeights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,7 +29,7 @@ class HFCheckpoint:
 
     Attributes:
       directory: where it lies.
-      architecture: read from config.json.
+      architecture: read from config.json, end tokens from generation_config.json where it names them.
       dtype: of the experts' matrices: "bfloat16", "float16", "float32" or "mxfp4".
       dense_spec: shapes and dtypes of the dense arrays, by path.
       expert_spec: shapes and dtypes of one expert, `ExpertWeights` of `jax.ShapeDtypeStruct`.
@@ -48,7 +50,7 @@ class HFCheckpoint:
         if config is None:
             raise UserError(f"{directory} has no config.json; give a Hugging Face model directory")
         chosen = family(config)
-        self.architecture = a = chosen.read_config(config)
+        self.architecture = a = with_generation_config(chosen.read_config(config), self.directory)
         self._tensors = _tensors(self.directory)
         self._names = self._closest(chosen.layouts(a))
         experts = [self._names.expert(layer, e) for layer in range(a.num_moe_layers) for e in range(a.num_experts)]
@@ -167,6 +169,24 @@ def read_json(file: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise UserError(f"{file} does not hold a JSON object; download it again")
     return value
+
+
+def with_generation_config(a: Architecture, directory: Path) -> Architecture:
+    """The architecture with the end tokens of generation_config.json, which beat those of config.json where they are
+    given, as in `transformers` (chat models add the end of a turn there).
+
+    Raises:
+      UserError: they are not ids.
+    """
+    eos = (read_json(directory / "generation_config.json") or {}).get("eos_token_id")
+    if eos is None:
+        return a
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < a.vocab_size for x in ids):
+        raise UserError(
+            f"{directory / 'generation_config.json'} has eos_token_id={eos!r}; it must be a token id or a list of them"
+        )
+    return dataclasses.replace(a, eos_ids=ids)
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:

@@ -79,7 +79,8 @@ class _Inflation:
         self._config = read_json(checkpoint.directory / "config.json") or {}
         self._config[next(name for name in _WIDTH_FIELDS if name in self._config)] = width
         self._architecture = dataclasses.replace(a, experts=dataclasses.replace(a.experts, ff=width))
-        if family(self._config).read_config(self._config) != self._architecture:
+        said = family(self._config).read_config(self._config)
+        if dataclasses.replace(said, eos_ids=a.eos_ids) != self._architecture:  # generation_config.json may name others
             raise UserError(f"{checkpoint.directory}: the width of its experts cannot be changed alone")
 
     def write(self, directory: Path, progress: Progress) -> None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
-from moe_jax.model.experts import ExpertWeights
+from moe_jax.model.experts import ExpertWeights, widened
 
 
 class ResidentExperts:
     """An `ExpertSource` that holds all experts, loaded straight from the checkpoint."""
 
-    def __init__(self, checkpoint: HFCheckpoint | Converted):
+    def __init__(self, checkpoint: HFCheckpoint | Converted, widen: Any = None):
+        """`widen`: a dtype that experts take when they are loaded; None: they keep the checkpoint's."""
         a = checkpoint.architecture
-        self._experts = [
-            [jax.device_put(checkpoint.expert(layer, e)) for e in range(a.num_experts)]
-            for layer in range(a.num_moe_layers)
-        ]
+        load = lambda *key: jax.device_put(
+            checkpoint.expert(*key) if widen is None else widened(checkpoint.expert(*key), widen)
+        )
+        self._experts = [[load(layer, e) for e in range(a.num_experts)] for layer in range(a.num_moe_layers)]
 
     def begin_token(self, token: int) -> None:
         pass

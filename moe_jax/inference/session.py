@@ -22,7 +22,7 @@ from moe_jax.inference.resident import ResidentExperts
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.text import Tokenizer
 from moe_jax.model.decoder import Stages, device_weights
-from moe_jax.model.experts import ExpertSource
+from moe_jax.model.experts import ExpertSource, widened
 from moe_jax.prediction import predictors
 
 
@@ -72,11 +72,12 @@ class Model:
 
     def _source(self) -> ExpertSource:
         if self.config.offload.tier == "none":
-            return ResidentExperts(self.checkpoint)
+            widen = jnp.dtype(self.config.dtype) if self.config.offload.upcast == "arrival" else None
+            return ResidentExperts(self.checkpoint, widen)
         # Here, so that the all-resident reference never imports offload.
         from moe_jax.offload.open import open_source
 
-        return open_source(self.config.offload, self.checkpoint, _free_bytes())
+        return open_source(self.config.offload, self.checkpoint, jnp.dtype(self.config.dtype), _free_bytes())
 
     def predictor_directory(self) -> str:
         """Where the trained predictor is; empty: there is none."""
@@ -117,7 +118,10 @@ class Model:
             system = [{"role": "system", "content": chat}] if chat else []
             ids = [self.tokenizer.apply_chat([*system, {"role": "user", "content": p}]) for p in prompts]
         size = self.config.batch_size
-        example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.checkpoint.expert_spec)
+        spec = self.checkpoint.expert_spec
+        if self.config.offload.upcast == "arrival":
+            spec = jax.eval_shape(lambda expert: widened(expert, self.engine.stages.dtype), spec)
+        example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
         for start in range(0, len(ids), size):
             lengths = [len(prompt) for prompt in ids[start : start + size]]
             self.compile_s += self.engine.compile(lengths, max_new_tokens, example)

@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moe_jax.checkpoint.hf import read_json
 from moe_jax.errors import UserError
+from moe_jax.inference import sentencepiece
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 REPLACEMENT = "\ufffd"
@@ -29,26 +30,32 @@ class Tokenizer:
     """
 
     def __init__(self, directory: str | Path):
-        """Reads tokenizer.json, and tokenizer_config.json, config.json and chat_template.jinja where they exist.
+        """Reads tokenizer.json, else tokenizer.model, and the configuration beside it where it exists.
 
         Raises:
-          UserError: there is no tokenizer.json, or one of the files is damaged.
+          UserError: there is neither, or one of the files is damaged.
         """
         self.directory = directory = Path(directory)
-        file = directory / "tokenizer.json"
-        if not file.is_file():
+        names = "special_tokens_map.json", "tokenizer_config.json"
+        self._config = {key: x for name in names for key, x in (read_json(directory / name) or {}).items()}
+        file, old = directory / "tokenizer.json", directory / "tokenizer.model"
+        if file.is_file():
+            try:
+                self.backend = tokenizers.Tokenizer.from_file(str(file))
+            except Exception as error:  # the package raises plain Exception
+                raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); download it again") from None
+        elif old.is_file():
+            model = sentencepiece.read_model(old)
+            self._config = {"add_bos_token": True, **model.special, **self._config}
+            self.backend = sentencepiece.build(model, self._config, read_json(directory / "added_tokens.json") or {})
+        else:
             raise UserError(
-                f"{directory} has no tokenizer.json; write one there with"
+                f"{directory} has no tokenizer.json and no tokenizer.model; write one there with"
                 " transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the package raises plain Exception
-            raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); download it again") from None
         # A prompt is never cut or filled up, whatever the tokenizer was trained with.
         self.backend.no_truncation()
         self.backend.no_padding()
-        self._config = read_json(directory / "tokenizer_config.json") or {}
         self.prefix = self._find_prefix(read_json(directory / "config.json") or {})
         self._special = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
         self._byte_fallback = '"ByteFallback"' in json.dumps(json.loads(self.backend.to_str())["decoder"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -64,6 +64,11 @@ class ExpertSource(Protocol):
     def close(self) -> None:
         """Stops background work. The source is unusable afterwards."""
         ...
+
+
+def widened(w: ExpertWeights, dtype: Any) -> ExpertWeights:
+    """An unquantised expert in `dtype`, exactly where that is the wider one."""
+    return ExpertWeights(*(None if part is None else part.astype(dtype) for part in w))
 
 
 def run_expert(x: jax.Array, w: ExpertWeights, activation: Activation) -> jax.Array:

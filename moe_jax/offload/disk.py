@@ -31,7 +31,8 @@ class DiskBank:
 
     Attributes:
       expert_bytes: of one block, padding included: what its memory holds and what is read.
-      buffers: that the experts on the device are in.
+      buffers: that experts are read into.
+      aliases: whether arrays are that memory, as on the CPU.
     """
 
     def __init__(self, checkpoint: Converted, slice_bytes: int = SLICE_BYTES):
@@ -49,8 +50,9 @@ class DiskBank:
         self.total_bytes = self.expert_bytes * len(keys)
         self.buffers = Buffers(self.expert_bytes)
         device = jax.devices()[0]
+        self.aliases = device.platform == "cpu"
         # On the CPU the buffer itself becomes the array. Elsewhere it goes through pinned memory to the device.
-        self._route = [] if device.platform == "cpu" else [
+        self._route = [] if self.aliases else [
             SingleDeviceSharding(device, memory_kind=kind) for kind in ("pinned_host", "device")
         ]  # fmt: skip
 

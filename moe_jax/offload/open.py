@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -13,17 +14,20 @@ from moe_jax.errors import UserError
 from moe_jax.model.experts import Key
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.disk import DiskBank
+from moe_jax.offload.host_cache import HostCache
 from moe_jax.offload.policies import POLICIES, Eviction
-from moe_jax.offload.source import Mode, OffloadedExperts, check_budget, issue_mode, parse_budget
+from moe_jax.offload.settings import Settings
+from moe_jax.offload.source import OffloadedExperts, check_budget, parse_budget
+from moe_jax.offload.widen import WidenedBank, widened_bytes
 from moe_jax.trace import Trace
 
-READ_THREADS = 2
-"""On the disk tier. One thread leaves the disk idle between its reads; more than two were no faster (measured)."""
+HOST_FLAG = "--config.offload.host_budget"
 
 
 def open_source(
     config: OffloadConfig,
     checkpoint: HFCheckpoint | Converted,
+    dtype: Any,
     free_bytes: int,
     host_bank: HostBank | None = None,
     future: Sequence[Key] | None = None,
@@ -31,41 +35,53 @@ def open_source(
     """The source for tier "host" or "disk".
 
     Args:
+      dtype: of the computation.
       free_bytes: what a budget of "auto" may use.
       host_bank: for tier "host": one to share; None reads its own.
       future: for policy "belady": what the run will need, in order; None reads `config.trace`.
 
     Raises:
-      UserError: the budget is malformed or too small, the tier or the policy lacks something.
+      UserError: a budget is malformed or too small, the tier or the policy lacks something.
     """
-    a, per_layer = checkpoint.architecture, config.budget_scope == "layer"
+    a, settings = checkpoint.architecture, Settings.load(jax.default_backend())
     policy = _policy(config, future)
-    if config.tier == "disk":
-        if not isinstance(checkpoint, Converted):
-            raise UserError(
-                "--config.offload.tier=disk reads a converted checkpoint; make one with"
-                f" python convert.py --checkpoint={checkpoint.directory} --output=DIR, then --config.checkpoint=DIR"
-            )
-        bank = DiskBank(checkpoint)
-        total = bank.total_bytes
-        expert_bytes = bank.expert_bytes
-    else:
-        bank, expert_bytes = None, checkpoint.expert_bytes
-        total = a.num_moe_layers * a.num_experts * expert_bytes
-    budget = parse_budget(config.device_budget, total, free_bytes)
-    check_budget(budget, a, expert_bytes, per_layer)  # before a host bank is read, which takes a while
-    # Reading blocks whoever does it, so that a disk needs threads on every backend.
-    mode: Mode = issue_mode(jax.default_backend()) if bank is None else "thread"
+    on_disk = config.tier == "disk"
+    if not on_disk and parse_budget(config.host_budget, 1, 1, HOST_FLAG):
+        raise UserError(f"{HOST_FLAG} is for tier disk; with tier host all experts are in host memory")
+    disk = _disk_bank(config, checkpoint, settings, free_bytes) if on_disk else None
+    expert_bytes = disk.expert_bytes if disk else checkpoint.expert_bytes
+    if config.upcast == "arrival":
+        expert_bytes = widened_bytes(checkpoint.expert_spec, dtype)
+    budget = parse_budget(config.device_budget, a.num_moe_layers * a.num_experts * expert_bytes, free_bytes)
+    check_budget(budget, a, expert_bytes, config.budget_scope == "layer")  # before a host bank is read: that takes time
+    bank = disk or host_bank or HostBank(checkpoint)
+    if config.upcast == "arrival":
+        bank = WidenedBank(bank, checkpoint.expert_spec, dtype)
+    # Reading from a disk blocks whoever does it: it needs threads on every backend.
     return OffloadedExperts(
-        bank or host_bank or HostBank(checkpoint),
+        bank,
         a,
         budget,
         policy=policy,
-        mode=mode,
+        mode="thread" if on_disk else settings.issue_mode,
         link_gbps=config.link_gbps,
-        per_layer=per_layer,
-        threads=READ_THREADS if config.tier == "disk" else 1,
+        per_layer=config.budget_scope == "layer",
+        threads=settings.read_threads if on_disk else 1,
+        quota_bytes=settings.inline_quota_bytes,
     )
+
+
+def _disk_bank(
+    config: OffloadConfig, checkpoint: HFCheckpoint | Converted, settings: Settings, free_bytes: int
+) -> DiskBank | HostCache:
+    if not isinstance(checkpoint, Converted):
+        raise UserError(
+            "--config.offload.tier=disk reads a converted checkpoint; make one with"
+            f" python convert.py --checkpoint={checkpoint.directory} --output=DIR, then --config.checkpoint=DIR"
+        )
+    bank = DiskBank(checkpoint, settings.slice_bytes)
+    host_bytes = parse_budget(config.host_budget, bank.total_bytes, free_bytes, HOST_FLAG)
+    return HostCache(bank, host_bytes) if host_bytes else bank
 
 
 def _policy(config: OffloadConfig, future: Sequence[Key] | None) -> Eviction:

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,25 +18,13 @@ from moe_jax.offload.inline import InlineLoader
 from moe_jax.offload.loader import Loader
 from moe_jax.offload.outlook import Outlook
 from moe_jax.offload.policies import LRU, Eviction
+from moe_jax.offload.settings import Mode, Settings
 from moe_jax.offload.store import ArrayStore
 from moe_jax.offload.threaded import ThreadLoader
 from moe_jax.trace import Trace
 
-Mode = Literal["thread", "inline"]
-
 BUDGET_FLAG = "--config.offload.device_budget"
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def issue_mode(platform: str) -> Mode:
-    """Who issues copies on this backend.
-
-    CPU: a thread, because device_put computes on the calling thread's core and only another thread overlaps (measured).
-    GPU: inline, because a new buffer is usable only after the compute enqueued before its allocation, so copies must
-    be issued before the compute they hide behind, which only the decode thread can arrange (XLA sources; unverified).
-    TPU: inline, unverified.
-    """
-    return "thread" if platform == "cpu" else "inline"
 
 
 def parse_budget(text: str, total_bytes: int, auto_bytes: int | None = None, flag: str = BUDGET_FLAG) -> int:
@@ -93,17 +81,19 @@ class OffloadedExperts:
         delay: Callable[[Key], float] | None = None,
         per_layer: bool = False,
         threads: int = 1,
+        quota_bytes: int = 0,
     ):
         """
         Args:
           bank: where the experts are, a `Bank`, for mode "inline" an `AsyncBank`.
           budget_bytes: on the device at most: resident, in flight, and evicted but still computed with.
           policy: of eviction; default LRU.
-          mode: who issues copies; default by the backend, see `issue_mode`.
+          mode: who issues copies; default by the backend, see `Settings`.
           link_gbps: simulated link, 10^9 bytes per second; 0: none.
           delay: seconds that the arrival of an expert is held up, for tests.
           per_layer: every layer gets an equal share of the budget; otherwise they compete for all of it.
           threads: that move experts, in mode "thread".
+          quota_bytes: speculative bytes in flight at most, in mode "inline"; one expert is always allowed.
 
         Raises:
           UserError: the budget is too small.
@@ -118,8 +108,8 @@ class OffloadedExperts:
         options = {"link_gbps": link_gbps, "delay": delay}
         self._loader: Loader = (
             ThreadLoader(bank, store, outlook, threads=threads, **options)
-            if (mode or issue_mode(jax.default_backend())) == "thread"
-            else InlineLoader(bank, store, outlook, **options)
+            if (mode or Settings.default(jax.default_backend()).issue_mode) == "thread"
+            else InlineLoader(bank, store, outlook, quota_bytes=quota_bytes, **options)
         )
         self.trace = trace or Trace()
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from moe_jax.checkpoint import convert as module
 from moe_jax.checkpoint.convert import convert
 from moe_jax.checkpoint.converted import DENSE, JOURNAL, MANIFEST, Converted, open_checkpoint
-from moe_jax.checkpoint.hf import INDEX, HFCheckpoint
+from moe_jax.checkpoint.hf import INDEX, SINGLE, HFCheckpoint
 from moe_jax.checkpoint.quantize import FORMATS, dequantize, quantize
 from moe_jax.errors import UserError
 from tests.tiny import write_tiny
@@ -79,6 +79,22 @@ def test_the_same_model(source, tmp_path, form):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert not list((tmp_path / "out").glob("*.partial")) and not (tmp_path / "out" / JOURNAL).exists()
+
+
+def test_what_lies_beside_the_weights_comes_along(source, tmp_path):
+    """Every kind of tokenizer and what says how to use it; weights in other formats, and hidden files, do not."""
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    small = ["tokenizer.model", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "LICENSE"]
+    for name in small:
+        (copy / name).write_text("{}")
+    (copy / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    for name in ("pytorch_model.bin", ".hidden"):
+        (copy / name).write_text("")
+    made = convert(HFCheckpoint(copy), tmp_path / "out")
+    assert made.architecture.eos_ids == (5, 6) and HFCheckpoint(source).architecture.eos_ids == (1,)
+    there = {file.name for file in made.directory.iterdir()}
+    assert {*small, "generation_config.json", "tokenizer.json"} <= there
+    assert not there & {"pytorch_model.bin", ".hidden", SINGLE}
 
 
 def test_sizes(source, tmp_path):

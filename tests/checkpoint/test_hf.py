@@ -306,3 +306,22 @@ def test_reading_needs_no_second_copy(tmp_path):
     peak, expert = map(int, out.stdout.split())
     assert expert == HFCheckpoint(tmp_path).expert_bytes == 3 * 512 * 6144 * 2
     assert peak < 2.3 * expert
+
+
+@pytest.mark.parametrize("said, ids", [(None, (2,)), (7, (7,)), ([7, 9], (7, 9)), ([], ())])
+def test_generation_config_says_where_a_text_ends(tmp_path, said, ids):
+    a = dataclasses.replace(A, eos_ids=(2,))
+    write(tmp_path, tensors(a), a)
+    assert HFCheckpoint(tmp_path).architecture.eos_ids == (2,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said, "temperature": 0.7}))
+    assert HFCheckpoint(tmp_path).architecture == dataclasses.replace(a, eos_ids=ids)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id
+    assert said is None or theirs == said
+
+
+@pytest.mark.parametrize("said", ["</s>", [True], 33, -1, [2, None]])
+def test_end_tokens_must_be_ids(tmp_path, said):
+    write(tmp_path, tensors())
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+    refused(tmp_path, "generation_config.json has eos_token_id=", "a token id or a list of them")

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moe_jax
 from moe_jax.checkpoint.convert import convert
 from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
@@ -129,6 +130,24 @@ def test_every_predictor_and_budget_once(models, top_k):
                 engine, source = tiny.offloaded(predictor, experts * tiny.bank.expert_bytes, "disk", None)
                 assert expected.tobytes() == run(engine, rows, 6).tobytes(), (lengths, predictor, experts)
                 source.close()
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("options", [{"upcast": "arrival"}, {"host_budget": "30%"}, {"budget_scope": "layer"}])
+def test_options_of_offload_change_no_bit(models, tier, options):
+    """Through the configuration: the same options with everything resident give the same logits."""
+    if "host_budget" in options and tier == "host":
+        return
+    logits, rows = [], [[5, 6, 7, 8, 9], [10, 11]]
+    resident = {"upcast": options["upcast"]} if "upcast" in options else {}
+    for offload in ({"tier": "none", **resident}, {"tier": tier, "device_budget": "30%", **options}):
+        model = moe_jax.load(str(models[2].converted.directory), offload=offload, prefetch={"predictor": "router"})
+        logits.append(run(model.engine, rows, 12))
+        source = model.engine.source
+        if isinstance(source, OffloadedExperts):
+            assert source.store.peak_bytes <= 0.3 * 35 * source.bank.expert_bytes
+        model.close()
+    assert logits[0].tobytes() == logits[1].tobytes()
 
 
 def test_the_resident_reference_never_imports_offload(tmp_path):

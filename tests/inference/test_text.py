@@ -230,7 +230,7 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path, attack):
 
 
 def test_no_or_damaged_tokenizer(tmp_path):
-    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json and no tokenizer\.model"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be read") as caught:

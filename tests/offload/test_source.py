@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moe_jax.errors import UserError
-from moe_jax.offload.source import issue_mode, parse_budget
+from moe_jax.offload.source import parse_budget
 from moe_jax.trace import Trace
 from tests.offload.rig import (
-    ARCHITECTURE,
     BANK,
     Computation,
     E,
@@ -198,11 +197,6 @@ def test_a_new_trace_starts_from_what_is_held():
     s.trace = Trace()
     assert s.trace.peak_bytes == 2 * BANK.expert_bytes and not s.trace.loads
     s.close()
-
-
-def test_the_backend_decides_who_issues():
-    assert (issue_mode("cpu"), issue_mode("gpu"), issue_mode("tpu")) == ("thread", "inline", "inline")
-    assert ARCHITECTURE.top_k == K
 
 
 @pytest.mark.parametrize(

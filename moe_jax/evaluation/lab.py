@@ -185,7 +185,7 @@ class Lab:
     def _open(self, mode: Mode, budget: str, request: Request | None) -> OffloadedExperts:
         future = bounds.uses_in_order(request.record, self.architecture.num_moe_layers)[0] if request else []
         config = dataclasses.replace(self.config.offload, device_budget=budget, policy=mode.policy)
-        return open_source(config, self.model.checkpoint, self.config.dtype, 0, self._bank, future)
+        return open_source(config, self.model.checkpoint, jnp.dtype(self.config.dtype), None, self._bank, future)
 
     def _weights(self) -> Callable[[int, int], ExpertWeights]:
         source = self.model.engine.source

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from moe_jax.checkpoint.converted import open_checkpoint
 from moe_jax.config import Config
 from moe_jax.errors import UserError
-from moe_jax.inference import metrics
+from moe_jax.inference import execution, metrics
 from moe_jax.inference.engine import Engine
+from moe_jax.inference.execution import Execution
 from moe_jax.inference.generate import Generation
+from moe_jax.inference.memory import auto_budget, reserve
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.text import Tokenizer
@@ -45,6 +47,7 @@ class Model:
         self.config = self._without_missing_predictor(config)
         directory = Path(config.checkpoint) if config.checkpoint else shipped("model")
         self.checkpoint = open_checkpoint(directory)
+        self._provide_pinned_memory()  # before anything starts jax's backend
         self.tokenizer = Tokenizer(directory)
         self.compile_s = 0.0
         a = self.checkpoint.architecture
@@ -55,9 +58,25 @@ class Model:
             raise UserError(
                 f"--config.max_seq_len={config.max_seq_len} is more than the model's {a.max_seq_len} positions"
             )
+        source = self._source()
         self.engine = Engine(
-            stages, dense, self._source(), predictor, config.prefill_chunk, config.max_seq_len or a.max_seq_len
+            stages,
+            dense,
+            source,
+            predictor,
+            config.prefill_chunk,
+            config.max_seq_len or a.max_seq_len,
+            self._execution(dense, predictor, source),
         )
+
+    def _provide_pinned_memory(self) -> None:
+        if self.config.offload.tier != "host":
+            return
+        from moe_jax.offload.pinned import provide
+
+        a = self.checkpoint.architecture
+        if note := provide(a.num_moe_layers * a.num_experts * self.checkpoint.expert_bytes):
+            self.notes.append(note)
 
     def _without_missing_predictor(self, config: Config) -> Config:
         """The learned predictor is trained for one model; another model without one of its own runs with `router`."""
@@ -77,7 +96,21 @@ class Model:
         # Here, so that the all-resident reference never imports offload.
         from moe_jax.offload.open import open_source
 
-        return open_source(self.config.offload, self.checkpoint, jnp.dtype(self.config.dtype), _free_bytes())
+        offload = self.config.offload
+        auto = self._auto_budget() if "auto" in (offload.device_budget, offload.host_budget) else None
+        return open_source(offload, self.checkpoint, jnp.dtype(self.config.dtype), auto)
+
+    def _auto_budget(self) -> int:
+        c, a = self.config, self.checkpoint.architecture
+        positions, itemsize = c.max_seq_len or a.max_seq_len, jnp.dtype(c.dtype).itemsize
+        stats = jax.devices()[0].memory_stats()
+        if stats and "bytes_limit" in stats:
+            limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
+        else:  # the device is the host, and holds the bank too
+            limit, in_use = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
+            if c.offload.tier == "host":
+                in_use = a.num_moe_layers * a.num_experts * self.checkpoint.expert_bytes
+        return auto_budget(limit, in_use, reserve(a, c.batch_size, positions, c.prefill_chunk, itemsize))
 
     def predictor_directory(self) -> str:
         """Where the trained predictor is; empty: there is none."""
@@ -87,6 +120,18 @@ class Model:
         a, prefetch = self.checkpoint.architecture, self.config.prefetch
         horizon = min(prefetch.horizon, a.num_moe_layers)  # further ahead every layer has been seen
         return predictors.load(prefetch.predictor, horizon, self.predictor_directory(), a, dense)
+
+    def _execution(self, dense: Any, predictor: Any, source: Any) -> Execution | None:
+        store = getattr(source, "store", None)
+        return execution.make(
+            self.config.execution,
+            self.checkpoint.architecture,
+            dense,
+            predictor and predictor[0],
+            threshold=self.config.speculation.threshold,
+            bonus=self.config.speculation.bonus,
+            capacity=store and store.capacity,
+        )
 
     def start(
         self,
@@ -142,14 +187,3 @@ class Model:
     def close(self) -> None:
         """Stops background work."""
         self.engine.source.close()
-
-
-def _free_bytes() -> int:
-    """What "auto" may use: 80% of the memory that is free once the dense weights are loaded.
-
-    The rest is for the KV cache and temporaries and, where the device is the host, for the bank.
-    """
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(0.8 * (stats["bytes_limit"] - stats["bytes_in_use"]))
-    return int(0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -28,7 +28,7 @@ def open_source(
     config: OffloadConfig,
     checkpoint: HFCheckpoint | Converted,
     dtype: Any,
-    free_bytes: int,
+    free_bytes: int | None,
     host_bank: HostBank | None = None,
     future: Sequence[Key] | None = None,
 ) -> OffloadedExperts:
@@ -36,7 +36,7 @@ def open_source(
 
     Args:
       dtype: of the computation.
-      free_bytes: what a budget of "auto" may use.
+      free_bytes: what a budget of "auto" may use; None: no budget is "auto".
       host_bank: for tier "host": one to share; None reads its own.
       future: for policy "belady": what the run will need, in order; None reads `config.trace`.
 
@@ -72,7 +72,7 @@ def open_source(
 
 
 def _disk_bank(
-    config: OffloadConfig, checkpoint: HFCheckpoint | Converted, settings: Settings, free_bytes: int
+    config: OffloadConfig, checkpoint: HFCheckpoint | Converted, settings: Settings, free_bytes: int | None
 ) -> DiskBank | HostCache:
     if not isinstance(checkpoint, Converted):
         raise UserError(

@@ -1,0 +1,68 @@
+"""What a request takes on the device beside the experts, and so what budget "auto" leaves for them.
+
+Upper estimates from the architecture alone; tests/aot compares them with what XLA allocates for an H100 and a TPU v5e.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from moe_jax.errors import UserError
+from moe_jax.model.architecture import Architecture
+from moe_jax.model.layers import MODULES
+
+SPARE = 0.05
+"""Share of the device that is left for executables, small arrays and fragmentation."""
+
+
+class Reserve(NamedTuple):
+    """Bytes that are no expert's.
+
+    Attributes:
+      cache: the key/value cache of all layers.
+      activations: of the prompts' tokens between two layers of the prefill.
+      temporaries: of the executable that needs most.
+    """
+
+    cache: int
+    activations: int
+    temporaries: int
+
+
+def reserve(a: Architecture, batch: int, positions: int, prefill_chunk: int, itemsize: int) -> Reserve:
+    """The largest request's, for `batch` rows of `positions` each; `itemsize` of the compute dtype."""
+    layer = sum(math.prod(shape) for shape in MODULES[type(a.attention)].cache_shapes(a.attention, batch, positions))
+    # Residual stream in and out, attention's and the experts' input, and an output slot for every choice.
+    token = (4 + a.top_k) * a.d_model
+    rows = max(prefill_chunk, batch)
+    # Float32 attention scores before and after the softmax, and the layer's cache in another layout.
+    scores = 2 * 4 * rows * a.attention.num_heads * positions
+    return Reserve(
+        cache=layer * a.num_layers * itemsize,
+        activations=batch * positions * token * itemsize,
+        temporaries=scores + layer * itemsize + rows * token * itemsize,
+    )
+
+
+def auto_budget(limit_bytes: int, in_use_bytes: int, reserved: Reserve) -> int:
+    """Bytes that device_budget "auto" gives to experts.
+
+    Args:
+      limit_bytes: that the device (or the share of it that jax takes) has.
+      in_use_bytes: of them, by dense weights and whatever else is or will be there.
+      reserved: for the largest request.
+
+    Raises:
+      UserError: nothing is left.
+    """
+    left = int((1 - SPARE) * limit_bytes) - in_use_bytes - sum(reserved)
+    if left <= 0:
+        gb = lambda x: f"{x / 1e9:.1f} GB"
+        raise UserError(
+            f"of {gb(limit_bytes)} the largest request leaves nothing for experts: weights that stay there"
+            f" {gb(in_use_bytes)}, key/value cache {gb(reserved.cache)}, prompts and temporaries"
+            f" {gb(sum(reserved[1:]))}; lower --config.max_seq_len or"
+            " --config.batch_size, or give --config.offload.device_budget in bytes"
+        )
+    return left

@@ -168,3 +168,8 @@ def suggestion(word: str, known: Any) -> str:
     """`; did you mean X?` when a known word is near, otherwise the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def choices(field: str) -> tuple[str, ...]:
+    """What a field accepts, for instance "offload.policy"."""
+    return _CHOICES[field]

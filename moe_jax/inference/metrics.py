@@ -94,7 +94,7 @@ def _compute_and_transfer(engine: Engine, generation: Generation, link_gbps: flo
     # Which weights does not matter to the time; those of the store are spread over the experts that ran.
     pick = lambda layer, expert: resident[(layer * engine.architecture.num_experts + expert) % len(resident)]
     compute = bounds.replay(engine, record, pick, generation.capacity)
-    loads = bounds.lru_loads(record, layers, source.store.capacity)
+    loads = len(bounds.lru_misses(record, layers, source.store.capacity))
     rate = source.link_bytes_per_s()
     transfer = loads * source.bank.link_bytes / len(record.active) / min(rate, link_gbps * 1e9 or rate)
     return compute, transfer

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def documents() -> list[Path]:
-    return [ROOT / "configs" / f"{name}.py" for name in ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")]
+    names = "deepseek", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"
+    return [ROOT / "configs" / f"{name}.py" for name in names]
 
 
 @pytest.mark.parametrize("file", documents(), ids=lambda file: file.stem)

@@ -39,8 +39,9 @@ License. With the Hugging Face directory in DIR:
 | latent cache, bfloat16                   | 70 kB per token                                               |
 | expert bytes used per token              | 58 * 8 * 88.1 MB = 40.9 GB, less what is found on the device  |
 
-V3 is released in FP8, which is refused: convert it to bfloat16 first, with `fp8_cast_bf16.py` of its repository, and
-remove `quantization_config` from config.json. Its layer for multi-token prediction is not read.
+V3 is released in FP8 with a scale for every block of 128 x 128: read as bfloat16, tensor by tensor (and quantised
+again, should `convert.py --quantization=int8` or `int4` be asked for). Its layer for multi-token prediction is not
+read.
 
 The shared experts are dense weights; the caches are so small that nearly all device memory can go to experts.
 """

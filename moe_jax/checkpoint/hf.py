@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.checkpoint import fp8
 from moe_jax.checkpoint.families import family
 from moe_jax.checkpoint.names import Names, Rows, expert_weights
 from moe_jax.checkpoint.safetensors_file import DTYPES, FLOATS, Tensor, empty, read_header, read_into
@@ -19,6 +20,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import ExpertWeights
 
+_STRIP = 256  # rows of a matrix that is transposed, read at once
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -52,6 +54,10 @@ class HFCheckpoint:
         chosen = family(config)
         self.architecture = a = with_generation_config(chosen.read_config(config), self.directory)
         self._tensors = _tensors(self.directory)
+        quantization = config.get("quantization_config") or {}
+        self._block = fp8.block_of(quantization) if quantization.get("quant_method") == "fp8" else None
+        if self._block:
+            self._tensors = fp8.with_scales(self._tensors, self._block)
         self._names = self._closest(chosen.layouts(a))
         experts = [self._names.expert(layer, e) for layer in range(a.num_moe_layers) for e in range(a.num_experts)]
         self._check([*self._names.dense.values(), *(rows for parts in experts for rows in parts.values())])
@@ -94,12 +100,17 @@ class HFCheckpoint:
         for piece in rows:
             tensor, count = self._tensors[piece.name], _shape((piece,))[0]
             tensor = tensor if piece.index is None else tensor.slice(piece.index)
+            place = out[start : start + count]
             if piece.transposed:
-                stored = empty(tensor.shape, out.dtype)
-                read_into(tensor, stored)
-                out[start : start + count] = stored.T
+                for at in range(0, tensor.shape[0], _STRIP):  # a second copy of all of it would be large
+                    strip = tensor.rows(at, min(at + _STRIP, tensor.shape[0]))
+                    stored = empty(strip.shape, out.dtype)
+                    read_into(strip, stored)
+                    place[:, at : at + _STRIP] = stored.T
+            elif self._block and tensor.scales:
+                fp8.read_widened(tensor, self._block, place)
             else:
-                read_into(tensor, out[start : start + count])
+                read_into(tensor, place)
             start += count
         return out
 

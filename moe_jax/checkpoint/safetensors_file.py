@@ -17,7 +17,7 @@ import numpy as np
 from moe_jax.errors import UserError
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-DTYPES = {**FLOATS, "U8": np.dtype(np.uint8)}
+DTYPES = {**FLOATS, "U8": np.dtype(np.uint8), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
@@ -29,11 +29,18 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     start: int  # bytes from the start of the file
     nbytes: int
+    scales: Tensor | None = None  # it lies in the file in FP8, and is read as what it says; see fp8.py
 
     def slice(self, index: int) -> Tensor:
         """One slice along the first axis."""
         nbytes = self.nbytes // self.shape[0]
         return Tensor(self.file, self.dtype, self.shape[1:], self.start + index * nbytes, nbytes)
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """Some of the first axis."""
+        nbytes = self.nbytes // self.shape[0]
+        shape = (end - start, *self.shape[1:])
+        return Tensor(self.file, self.dtype, shape, self.start + start * nbytes, (end - start) * nbytes)
 
 
 def read_header(file: Path) -> dict[str, Tensor]:

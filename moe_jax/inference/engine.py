@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.inference.execution import Execution, Plan
 from moe_jax.inference.grouping import arities, assign, bucket, unique_in_order
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import KVCache, Routed, Stages
 from moe_jax.model.experts import ExpertSource, ExpertWeights
-from moe_jax.prediction.predictors import Features
+from moe_jax.prediction.predictors import Features, Prediction
 
 SMALL_CHUNK = 32
 LARGE_EXPERT = 1 << 18
@@ -45,6 +46,7 @@ class DecodeState:
     lengths: np.ndarray  # int32 [B]: positions filled; the next token of a row goes to this position
     active: np.ndarray  # bool [B]: rows still generating
     predictor: Any = None  # the predictor's own state
+    memory: Any = None  # the execution mode's own state
     unseen: deque[np.ndarray] = dataclasses.field(default_factory=lambda: deque(maxlen=MEMORY_TOKENS))
     step: int = 0
 
@@ -63,7 +65,9 @@ class Record:
     prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per layer
     needed: list[list[int]] = dataclasses.field(default_factory=list)
     ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B, K]
-    predicted: list[np.ndarray] = dataclasses.field(default_factory=list)  # float32 [E], for the layer after
+    routed: list[np.ndarray] = dataclasses.field(default_factory=list)  # the router's own ids; empty: those that ran
+    # float32 [E], for the layer after; None where no prediction was made
+    predicted: list[np.ndarray | None] = dataclasses.field(default_factory=list)
     active: list[np.ndarray] = dataclasses.field(default_factory=list)  # bool [B], per step
     lengths: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B], per step
 
@@ -78,6 +82,7 @@ class Engine:
       predictor: a predictor with its parameters, or None.
       prefill_chunk: token rows of one prefill chunk (over all prompts of the batch).
       max_seq_len: most positions of a row, prompt and new tokens together.
+      execution: what decode steps run instead of the router's own choice; None: exactly that.
     """
 
     def __init__(
@@ -88,12 +93,14 @@ class Engine:
         predictor: tuple[Any, Any, Any] | None = None,
         prefill_chunk: int = 256,
         max_seq_len: int | None = None,
+        execution: Execution | None = None,
     ):
         self.stages, self.dense, self.source = stages, dense, source
         self.architecture: Architecture = stages.architecture
         self.prefill_chunk = prefill_chunk
         self.max_seq_len = max_seq_len or self.architecture.max_seq_len
         self.predictor, self.spec, self.predictor_params = predictor or (None, None, None)
+        self.execution = execution
         self.prediction_s = 0.0  # what the predictions of one token cost; measured by `compile`
         a = self.architecture
         large = sum(map(math.prod, a.expert_shapes().values())) >= LARGE_EXPERT
@@ -198,8 +205,11 @@ class Engine:
             here = stages.head(self.dense, x[c], np.where(last // Tc == c, last % Tc, 0).astype(np.int32))
             logits = here if logits is None else jnp.where((last // Tc == c)[:, None], here, logits)
         assert logits is not None
+        seen = np.where(real[None, :, :, None], ids_by_layer, -1)
         if self.predictor is not None:
-            state.predictor = self.predictor.prime(self.spec, np.where(real[None, :, :, None], ids_by_layer, -1))
+            state.predictor = self.predictor.prime(self.spec, seen)
+        if self.execution is not None:
+            state.memory = self.execution.start(seen)
         return logits, state
 
     # ---- decode ------------------------------------------------------------------------------------------------
@@ -211,10 +221,10 @@ class Engine:
         positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None]
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
-        first, predicting = None, self._predicting(state)
-        chosen = []
+        first = plan = None
+        predicting, true = self._predicting(state), []
         if predicting and self._begin is not None:
-            first, state.predictor = self._begin(self.predictor_params, state.predictor, x[:, 0], state.active)
+            (first, plan), state.predictor = self._begin(self.predictor_params, state.predictor, x[:, 0], state.active)
         for index, layer in self.numbered:
             if layer is None:
                 x = stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
@@ -224,30 +234,41 @@ class Engine:
                 # Read once layer 0 is dispatched: copies start while its attention runs.
                 self.source.offer(-1, np.asarray(first))
             predicted = self._start_prediction(layer, routed, state) if predicting else None
-            chosen.append(np.asarray(routed.ids))
-            outputs = self._run_layer(layer, routed, chosen[-1], state.active)
-            x = stages.combine(routed.residual, outputs, routed.gates, x)
+            if self.execution is None:
+                ids, gates = np.asarray(routed.ids), routed.gates
+            else:  # a planned layer is dispatched without waiting for its router
+                ids, gates = self.execution.decide(layer, routed, plan, state.memory, state.active)
+            outputs = self._run_layer(layer, routed, ids, state.active)
+            x = stages.combine(routed.residual, outputs, gates, x)
+            true.append(np.asarray(routed.ids))
+            probabilities = None
             if predicted is not None:
                 # Read after this layer's experts are dispatched: the demand never waits for the predictor.
-                probabilities = np.asarray(predicted)
+                said, plan = predicted
+                probabilities = np.asarray(said)
                 if np.isnan(probabilities[0, 0]):
                     assert self.predictor is not None
                     raise UserError(f"predictor {self.predictor.name}: the run is not the one it was made for")
                 self.source.offer(layer, probabilities)
-                if self.record:
-                    self.record.predicted.append(probabilities[0])
+            if self.record:
+                self.record.predicted.append(None if probabilities is None else probabilities[0])
         if self.record:  # only now: an interrupted step is not one
             self.record.active.append(state.active)
             self.record.lengths.append(state.lengths)
+            if self.execution is not None:
+                self.record.routed += true
         if not predicting and self.predictor is not None:
-            state.unseen.append(np.where(state.active[:, None], chosen, -1))
+            state.unseen.append(np.where(state.active[:, None], true, -1))
         state.lengths = state.lengths + state.active
         state.step += 1
         return stages.head(self.dense, x, np.zeros(x.shape[0], np.int32))
 
     def _predicting(self, state: DecodeState) -> bool:
         """Whether this step makes predictions; if so, the predictor is first told of the steps that it has missed."""
-        if self.predictor is None or not self.source.wants_prediction(self.prediction_s):
+        if self.predictor is None:
+            return False
+        planning = self.execution is not None and self.execution.plans  # what runs must not depend on what pays
+        if not planning and not self.source.wants_prediction(self.prediction_s):
             return False
         if state.unseen:
             state.predictor = self.predictor.prime(self.spec, np.stack(state.unseen, axis=2))
@@ -277,7 +298,8 @@ class Engine:
             self.source.release(layer, group, after)
         return outputs
 
-    def _start_prediction(self, layer: int, routed: Routed, state: DecodeState) -> jax.Array | None:
+    def _start_prediction(self, layer: int, routed: Routed, state: DecodeState) -> tuple[jax.Array, Plan | None] | None:
+        """P(needed) [H, E] for the layers after this one, and the next one's plan where the execution makes one."""
         if self.predictor is None:
             return None
         features = Features(np.int32(layer), routed.residual, routed.logits, routed.ids, routed.gates)
@@ -287,12 +309,19 @@ class Engine:
     def _predict_fn(self, params, state, features, active):
         assert self.predictor is not None
         prediction, state = self.predictor.apply(params, state, features)
-        return _any_row(prediction.probability, active), state
+        return self._said(prediction, features.layer + 1, active), state
 
     def _begin_fn(self, params, state, embedding, active):
         assert self.predictor is not None and self.predictor.begin is not None
         prediction, state = self.predictor.begin(params, state, embedding)
-        return _any_row(prediction.probability, active), state
+        return self._said(prediction, 0, active), state
+
+    def _said(self, prediction: Prediction, target: Any, active: jax.Array) -> tuple[jax.Array, Plan | None]:
+        """What the decode loop reads of a prediction whose first layer is `target`."""
+        probability, plan = prediction.probability, None
+        if self.execution is not None:
+            probability, plan = self.execution.plan(prediction, target)
+        return _any_row(probability, active), plan
 
     # ---- compilation -------------------------------------------------------------------------------------------
 
@@ -324,6 +353,8 @@ class Engine:
                     outputs, _ = stages.experts(outputs, routed.h, rows, slots, (example,) * arity)
             x = stages.combine(routed.residual, outputs, routed.gates, x)
             stages.head(self.dense, x, np.zeros(B, np.int32)).block_until_ready()
+        if self.execution is not None:
+            jax.block_until_ready(self.execution.warm_up(routed))
         if self.predictor is not None:
             predict = self.example_prediction(B)
             jax.block_until_ready(predict())

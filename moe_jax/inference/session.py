@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from moe_jax.checkpoint.converted import open_checkpoint
 from moe_jax.config import Config
 from moe_jax.errors import UserError
-from moe_jax.inference import metrics
+from moe_jax.inference import execution, metrics
 from moe_jax.inference.engine import Engine
+from moe_jax.inference.execution import Execution
 from moe_jax.inference.generate import Generation
 from moe_jax.inference.memory import auto_budget, reserve
 from moe_jax.inference.resident import ResidentExperts
@@ -57,8 +58,15 @@ class Model:
             raise UserError(
                 f"--config.max_seq_len={config.max_seq_len} is more than the model's {a.max_seq_len} positions"
             )
+        source = self._source()
         self.engine = Engine(
-            stages, dense, self._source(), predictor, config.prefill_chunk, config.max_seq_len or a.max_seq_len
+            stages,
+            dense,
+            source,
+            predictor,
+            config.prefill_chunk,
+            config.max_seq_len or a.max_seq_len,
+            self._execution(dense, predictor, source),
         )
 
     def _provide_pinned_memory(self) -> None:
@@ -112,6 +120,18 @@ class Model:
         a, prefetch = self.checkpoint.architecture, self.config.prefetch
         horizon = min(prefetch.horizon, a.num_moe_layers)  # further ahead every layer has been seen
         return predictors.load(prefetch.predictor, horizon, self.predictor_directory(), a, dense)
+
+    def _execution(self, dense: Any, predictor: Any, source: Any) -> Execution | None:
+        store = getattr(source, "store", None)
+        return execution.make(
+            self.config.execution,
+            self.checkpoint.architecture,
+            dense,
+            predictor and predictor[0],
+            threshold=self.config.speculation.threshold,
+            bonus=self.config.speculation.bonus,
+            capacity=store and store.capacity,
+        )
 
     def start(
         self,

@@ -13,6 +13,7 @@ RELEASED = {
     model.config["model_type"]: {name: x for name, x in model.config.items() if name not in TWICE}
     for model in MODELS.values()
 }
+FP8 = MODELS["DeepSeek-V3"].config["quantization_config"]
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 ANY = [
@@ -43,7 +44,11 @@ OWN = {
         ({"mlp_bias": True}, "mlp_bias=True"),
     ],
     "deepseek_v3": [
-        ({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}, "quant_method='fp8': weights in FP8"),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}, "weight_block_size=None; supported: two"),
+        ({"quantization_config": {**FP8, "fmt": "e5m2"}}, "fmt='e5m2'; supported: 'e4m3'"),
+        ({"quantization_config": {**FP8, "activation_scheme": "static"}}, "activation_scheme='static'"),
+        ({"quantization_config": {**FP8, "weight_block_size": [128]}}, "weight_block_size=[128]"),
+        ({"quantization_config": {**FP8, "bits": 3}}, "unsupported fields {'bits': 3}"),
         ({"topk_method": "greedy"}, "topk_method='greedy'; supported: 'noaux_tc'"),
         ({"scoring_func": "softmax"}, "scoring_func='softmax'; supported: 'sigmoid'"),
         ({"head_dim": 128}, "head_dim=128; supported: 64"),

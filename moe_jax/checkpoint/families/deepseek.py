@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.checkpoint import fp8
 from moe_jax.checkpoint.config_reader import ConfigReader
 from moe_jax.checkpoint.names import Names, Path, Rows, dense, fused_experts, per_expert, rows
 from moe_jax.errors import UserError
@@ -64,12 +65,8 @@ def _read(c: ConfigReader, config: Mapping[str, Any], routing: Routing, interlea
     for name in _INERT.split():
         c.get(name, None)
     c.require("hidden_act", "silu", default="silu")
-    if (config.get("quantization_config") or {}).get("quant_method") == "fp8":
-        raise UserError(
-            "config.json has quantization_config with quant_method='fp8': weights in FP8 with blocks of"
-            " weight_scale_inv, which moe_jax does not read; convert them to bfloat16 with fp8_cast_bf16.py of"
-            " DeepSeek-V3's repository, and remove quantization_config"
-        )
+    if quantization := c.get("quantization_config", {}):
+        fp8.block_of(quantization)  # refuses what is not read
     max_seq_len = c.size("max_position_embeddings")
     rope = dataclasses.replace(c.rope(max_seq_len), interleaved=interleaved)
     attention = _attention(c, config, rope)

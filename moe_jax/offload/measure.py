@@ -95,8 +95,9 @@ def overlaps(seconds: float, total: int = 32 * MIB) -> list[Overlap]:
         for name, width in (("memory", 4096), ("cache", 256)):
             weight, x = jax.device_put(_numbers(4 * width * width).reshape(width, width), device), jnp.ones((1, width))
             steps = 4
-            wait(_chain(weight, x, steps))
-            steps = max(1, round(steps * copy_s / _median(lambda w=weight, x=x: wait(_chain(w, x, 4)), seconds / 5)))
+            for _ in range(3):  # few steps are mostly the dispatch
+                taken = _median(lambda w=weight, x=x, n=steps: wait(_chain(w, x, n)), seconds / 10)
+                steps = max(1, round(steps * copy_s / taken))
             compute = lambda w=weight, x=x, steps=steps: _chain(w, x, steps)
 
             def beside_thread(compute=compute) -> None:

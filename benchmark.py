@@ -1,13 +1,18 @@
 """Compares ways to run one model, interleaved in one process, with the bounds beside the result.
 
     python benchmark.py --config=configs/mixtral.py
-    python benchmark.py --config=configs/mixtral.py --modes=resident,none,learned --config.offload.device_budget=50%
+    python benchmark.py --config=configs/mixtral.py --modes=resident,lru,learned,oracle --budgets=min,25%,50%,100%
+    python benchmark.py --config=configs/mixtral.py --inflate=4680 --output_json=speed.json --plot=speed
 
-A mode is `resident` (every expert on the device), or a predictor (`none` is LRU on demand, the yardstick).
+`--modes` takes `resident` (every expert on the device), `lru` (on demand, the yardstick) or another eviction policy, a
+predictor, PREDICTOR+POLICY, `oracle`, `no_cache`, and `paper` (the method of arXiv 2603.19289, exact). A table each for
+every budget, batch and prompt length. T is what LRU on demand loads, read by an independent reader; C is the same
+computation with everything resident; `machine` is both at once, with nothing to wait for.
 """
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -17,33 +22,90 @@ from moe_jax import cli
 from moe_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/mixtral.py", "Model, offload and prefetch configuration.")
-MODES = flags.DEFINE_list("modes", "resident,none,repeat,router,learned", "What to compare.")
-PROMPT = flags.DEFINE_multi_string("prompt", ["def main(argv):\n    "], "Prompts of the batch.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "Tokens of each run.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Runs of each mode, in turn, after one to warm up.")
+MODES = flags.DEFINE_list("modes", "resident,lru,repeat,router,learned", "What to compare.")
+BUDGETS = flags.DEFINE_list("budgets", None, "Device budgets, each as --config.offload.device_budget or `min`.")
+BATCHES = flags.DEFINE_list("batches", "1", "Numbers of prompts that decode together.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; repeatable. Default: text held out of the shipped model.")
+PROMPT_LENGTHS = flags.DEFINE_list("prompt_lengths", None, "Tokens of each prompt, cut from the texts.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens of each run.", lower_bound=2)
+REPEATS = flags.DEFINE_integer("repeats", 6, "Runs of each mode, in turn.", lower_bound=2)
 INFLATE = flags.DEFINE_integer("inflate", None, "Run a copy with experts so wide: same text, experts of megabytes.")
 INFLATE_FOLDER = flags.DEFINE_string("inflate_folder", None, "Where inflated copies are kept; default: the user cache.")
-OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write the rows to this file.")
+OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write every figure to this file.")
+PLOT = flags.DEFINE_string("plot", None, "Draw TPOT against the budget into PLOT.png and PLOT.svg.")
 
 
 def main() -> None:
     from moe_jax.config import Config
-    from moe_jax.evaluation import speed
-    from moe_jax.inference.session import Model
 
-    if OUTPUT_JSON.value and not Path(OUTPUT_JSON.value).absolute().parent.is_dir():
-        raise UserError(f"--output_json={OUTPUT_JSON.value}: its folder does not exist")
+    for flag in (OUTPUT_JSON, PLOT):
+        if flag.value and not Path(flag.value).absolute().parent.is_dir():
+            raise UserError(f"--{flag.name}={flag.value}: its folder does not exist")
+    batches, lengths = numbers(BATCHES), numbers(PROMPT_LENGTHS) if PROMPT_LENGTHS.value else [None]
+    plot = None
+    if PLOT.value:  # what is missing is better said before the measurement
+        from moe_jax.analysis import budget_plot as plot
+
+        plot.require()
     config = Config.from_dict(CONFIG.value.to_dict())
     if INFLATE.value is not None:
         config = inflate(config, INFLATE.value)
-    with cli.status("loading the model"):
-        model = Model(config)
-    with cli.status(f"{REPEATS.value + 1} runs of {', '.join(MODES.value)}"):
-        rows = speed.compare(model, MODES.value, PROMPT.value, MAX_NEW_TOKENS.value, REPEATS.value)
-    show(rows, model.config.offload.link_gbps > 0)
+    document = {
+        "command": " ".join(["python", *sys.argv]),
+        "config": dataclasses.asdict(config),
+        "simulated_link_gbps": config.offload.link_gbps or None,
+        "runs": measure(config, batches, lengths),
+    }
     if OUTPUT_JSON.value:
-        Path(OUTPUT_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
-    model.close()
+        Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+    if plot:
+        for file in plot.draw([document], Path(PLOT.value or "")):
+            print(f"wrote {file}")
+
+
+def measure(config, batches, lengths) -> list[dict]:
+    """Every table, printed as soon as it is there."""
+    from moe_jax.config import choices
+    from moe_jax.evaluation import modes as ways
+    from moe_jax.evaluation import speed
+    from moe_jax.evaluation.lab import Lab
+    from moe_jax.evaluation.texts import prompt_ids
+
+    trained = bool(config.prefetch.checkpoint or not config.checkpoint)
+    resident = ways.RESIDENT in MODES.value
+    with cli.status("loading the model"):
+        lab = Lab(config, resident, MAX_NEW_TOKENS.value)
+    modes = ways.parse(
+        MODES.value, choices("prefetch.predictor"), choices("offload.policy"), lab.architecture.top_k, trained
+    )
+    budgets = {text: lab.budget(text) for text in BUDGETS.value or [config.offload.device_budget]}
+    runs = []
+    for batch in batches:
+        for length in lengths:
+            sets = prompt_ids(lab.model.tokenizer, PROMPT.value, batch, length, REPEATS.value)
+            with cli.status(f"rehearsing {len(sets)} requests of {batch} prompts"):
+                requests = [lab.rehearse(prompts) for prompts in sets]
+            for i, (text, budget) in enumerate(budgets.items()):
+                here = [mode for mode in modes if mode.experts is None or not i]  # a budget of their own: once
+                with cli.status("warming up"):
+                    speed.compare(lab, here, requests[:1], budget, 1)
+                with cli.status(f"{REPEATS.value} turns of {', '.join(mode.name for mode in here)} at {text}"):
+                    run = {"budget": text, **speed.compare(lab, here, requests, budget, REPEATS.value)}
+                show(run, config.offload.link_gbps)
+                runs.append(run)
+    lab.close()
+    return runs
+
+
+def numbers(flag) -> list[int]:
+    """The positive integers of a list flag."""
+    try:
+        values = [int(value) for value in flag.value]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise UserError(f"--{flag.name}={','.join(flag.value)}: give positive integers, as in --{flag.name}=1,4")
+    return values
 
 
 def inflate(config, width: int):
@@ -59,36 +121,53 @@ def inflate(config, width: int):
     return dataclasses.replace(config, checkpoint=str(bank), prefetch=prefetch)
 
 
-def show(rows: list[dict], simulated: bool) -> None:
-    """One line per mode."""
+def show(run: dict, link_gbps: float) -> None:
+    """One line per mode, and the bounds under them."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Times over a simulated link" if simulated else None)
-    for column in ("mode", "TPOT", "to LRU (95%)", "hits", "recall", "MB/token", "stall", "max(C,T)", "C+T", "overlap"):
+    simulated = f", over a *simulated* link of {link_gbps:g} GB/s" if link_gbps else ""
+    title = (
+        f"budget {run['budget']}: {run['experts_in_budget']} experts of {run['expert_bytes'] / 1e6:.2f} MB"
+        f" ({100 * run['budget_share']:.3g}% of all); batch {run['batch']}, prompts of {run['prompt_length']} tokens,"
+        f" {run['turns']} turns{simulated}"
+    )
+    table = Table(title=title, title_justify="left")
+    columns = ("mode", "TPOT", "p50 / p99", "to LRU (95%)", "hits", "recall", "MB/token", "to Belady", "stall")
+    for column in (*columns, "overlap", "of machine's (95%)", "wasted/idle", "peak MB"):
         table.add_column(column, justify="left" if column == "mode" else "right")
-    ms = lambda s: "-" if s is None else f"{1e3 * s:.2f} ms"
+    ms = lambda s: "-" if s is None else f"{1e3 * s:.2f}"
     pct = lambda x: "-" if x is None else f"{100 * x:.1f}%"
-    for row in rows:
-        moved, ratio = [b for b in row["bytes_per_token"].values() if b is not None], row["ratio_to_lru"]
+    number = lambda x: "-" if x is None else f"{x:.2f}"
+    spread = lambda x: "-" if x is None else f"{x['value']:.3f} ({x['low']:.3f}-{x['high']:.3f})"
+    for row in run["modes"]:
+        moved, peak = row["bytes_per_token"], row["peak_device_cache_bytes"]
         table.add_row(
-            row["mode"],
-            ms(row["tpot_s"]["median"]),
-            "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
+            row["name"],
+            ms(row["tpot_s"]["mean"]),
+            f"{ms(row['tpot_s']['median'])} / {ms(row['tpot_s']['p99'])}",
+            spread(row["ratio_to_lru"]),
             pct(row["hit_rate"]),
             pct(row["recall"]),
-            f"{sum(moved) / 1e6:.2f}" if moved else "-",
+            f"{sum(moved.values()) / 1e6:.2f}" if moved else "-",
+            number(row["loads_to_belady"]),
             ms(row["stall_s_per_token"]),
-            ms(row["bound_overlap_s"]),
-            ms(row["bound_serial_s"]),
-            "-" if row["overlap_share"] is None else f"{row['overlap_share']:.2f}",
+            number(row["overlap_share"]),
+            spread(row["overlap_of_machine"]),
+            pct(row["wasted_of_idle"]),
+            "-" if peak is None else f"{peak / 1e6:.1f}",
         )
     console = Console()
-    Console(width=max(console.width, 120) if not console.is_terminal else None).print(table)
-    for row in rows:
-        if row["host_overhead_s_per_layer"] is not None:
-            overhead = 1e6 * row["host_overhead_s_per_layer"]
-            print(f"host overhead, resident: {overhead:.0f} us per layer (replay {ms(row['replay_s'])} per token)")
+    Console(width=max(console.width, 190) if not console.is_terminal else None).print(table)
+    b = run["bounds"]
+    rate = "-" if b["reader_bytes_per_s"] is None else f"{b['reader_bytes_per_s'] / 1e9:.2f} GB/s"
+    print(
+        f"times in ms per token. C {ms(b['compute_s'])}{'' if b['every_expert_resident'] else ' (few experts)'},"
+        f" T {ms(b['transfer_s'])} ({rate} at depth {b['reader_depth']}), max(C, T) {ms(b['bound_overlap_s'])},"
+        f" C + T {ms(b['bound_serial_s'])}; both at once {ms(b['machine_s'])}, which is an overlap of"
+        f" {number(b['machine_overlap_share'])}. Loads per token: LRU {b['lru_loads_per_token']:.2f},"
+        f" Belady's optimum {b['belady_loads_per_token']:.2f}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -171,6 +171,7 @@ def print_table(metrics: dict, simulated: bool) -> None:
         ("hit rate (cached + prefetched)", pct(metrics["hit_rate"])),
         ("recall of the prediction one layer ahead", pct(metrics["recall"])),
         ("ready recall (prefetched of those not cached)", pct(metrics["ready_recall"])),
+        ("tokens and layers with other experts than the true router's", pct(metrics["departed"])),
         (f"bytes per token: {' / '.join(moved)}", " / ".join(map(mb, moved.values()))),
         ("waited for experts, per token", ms(metrics["stall_s_per_token"]) + mark),
         ("predictor alone, per token", ms(metrics["predictor_s_per_token"])),

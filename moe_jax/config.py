@@ -16,18 +16,30 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "offload.policy": ("lru", "lfu", "least_stale", "predicted", "belady"),
     "offload.upcast": ("stage", "arrival"),
     "offload.budget_scope": ("global", "layer"),
-    "prefetch.predictor": ("none", "random", "frequency", "repeat", "router", "learned"),
-    "execution": ("exact",),
+    "prefetch.predictor": (
+        "none",
+        "random",
+        "frequency",
+        "repeat",
+        "router",
+        "default_vector",
+        "learned",
+        "oracle",
+    ),
+    "execution": ("exact", "speculative", "speculative_gated", "hybrid", "cache_aware"),
     "dtype": ("float32", "bfloat16"),
 }
 # Smallest accepted value by field.
 _AT_LEAST = {
     "offload.link_gbps": 0,
     "prefetch.horizon": 1,
+    "speculation.threshold": 0,
+    "speculation.bonus": 0,
     "max_seq_len": 0,
     "prefill_chunk": 1,
     "batch_size": 1,
 }
+_AT_MOST = {"speculation.threshold": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +85,26 @@ class PrefetchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpeculationConfig:
+    """What the execution modes other than "exact" may depart from the true router in.
+
+    Attributes:
+      threshold: "hybrid" runs exactly the layers whose recall on validation text is below this share.
+      bonus: "cache_aware" prefers an expert on the device to one whose router logit is at most this much higher.
+    """
+
+    threshold: float = 0.9
+    bonus: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that a loaded model depends on. The defaults are those of `configs/mixtral.py`.
 
     Attributes:
       checkpoint: a Hugging Face directory, or one that `convert.py` made of it; empty: the shipped model.
-      execution: "exact" runs the experts that the true router chose.
+      execution: "exact" runs the experts that the true router chose, the others predicted ones, or ones that are
+        already there: see `moe_jax.inference.execution`.
       dtype: of the computation and the dense weights on the device.
       max_seq_len: positions of the key/value cache per row; 0: as many as the model allows.
       prefill_chunk: tokens of a prompt that go through a layer at once.
@@ -89,6 +115,7 @@ class Config:
     offload: OffloadConfig = dataclasses.field(default_factory=OffloadConfig)
     prefetch: PrefetchConfig = dataclasses.field(default_factory=PrefetchConfig)
     execution: str = "exact"
+    speculation: SpeculationConfig = dataclasses.field(default_factory=SpeculationConfig)
     dtype: str = "float32"
     max_seq_len: int = 0
     prefill_chunk: int = 256
@@ -132,6 +159,8 @@ def _check(kind: type, value: Any, field: str) -> Any:
         raise UserError(f"config.{field}={value!r} is not one of {', '.join(accepted)}{suggestion(value, accepted)}")
     if field in _AT_LEAST and not (value >= _AT_LEAST[field] and math.isfinite(value)):
         raise UserError(f"config.{field} must be at least {_AT_LEAST[field]}, not {value}")
+    if field in _AT_MOST and value > _AT_MOST[field]:
+        raise UserError(f"config.{field} must be at most {_AT_MOST[field]}, not {value}")
     return value
 
 
@@ -139,3 +168,8 @@ def suggestion(word: str, known: Any) -> str:
     """`; did you mean X?` when a known word is near, otherwise the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def choices(field: str) -> tuple[str, ...]:
+    """What a field accepts, for instance "offload.policy"."""
+    return _CHOICES[field]

@@ -5,6 +5,7 @@ Reads the Hugging Face names itself, so that it shares nothing with the code it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,22 @@ def read(directory: Path) -> dict[str, np.ndarray]:
         return {name: np.asarray(file.get_tensor(name), np.float64) for name in file.keys()}  # noqa: SIM118
 
 
-def forward(a: Architecture, w: dict[str, np.ndarray], tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [T, V] after each token, and the chosen experts [L, T, K]."""
+Override = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
+"""(layer, residual after attention [T, D], router logits [T, E], gates [T, E]) changes gates: 0 is an idle expert."""
+
+
+def forward(
+    a: Architecture,
+    w: dict[str, np.ndarray],
+    tokens: list[int],
+    override: Override | None = None,
+    seen: list[tuple[np.ndarray, ...]] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [T, V] after each token, and the experts [L, T, K] that the router chose.
+
+    `seen` gets, for every layer, the residual after attention [T, D], the gates [T, E] (0 where not chosen) and the
+    outputs of all experts [T, E, D].
+    """
     norm = lambda x, weight: weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + a.norm_eps)
     silu = lambda x: x / (1 + np.exp(-x))
     assert isinstance(a.attention, GroupedQuery)
@@ -49,14 +64,21 @@ def forward(a: Architecture, w: dict[str, np.ndarray], tokens: list[int]) -> tup
             heads.append(softmax(scores) @ v[:, g])
         x = x + np.concatenate(heads, -1) @ w[p + "self_attn.o_proj.weight"].T
         h = norm(x, w[p + "post_attention_layernorm.weight"])
-        probability = softmax(h @ w[p + "block_sparse_moe.gate.weight"].T)
+        router_logits = h @ w[p + "block_sparse_moe.gate.weight"].T
+        probability = softmax(router_logits)
         ids = np.argsort(-probability, -1, kind="stable")[:, : a.top_k]
         gates = np.zeros_like(probability)
         np.put_along_axis(gates, ids, np.take_along_axis(probability, ids, -1), -1)
         gates /= gates.sum(-1, keepdims=True)
+        if override:
+            override(layer, x, router_logits, gates)
+        outputs = []
         for e in range(a.num_experts):
             w1, w2, w3 = (w[f"{p}block_sparse_moe.experts.{e}.w{i}.weight"] for i in (1, 2, 3))
-            x = x + gates[:, e : e + 1] * ((silu(h @ w1.T) * (h @ w3.T)) @ w2.T)
+            outputs.append((silu(h @ w1.T) * (h @ w3.T)) @ w2.T)
+        if seen is not None:
+            seen.append((x, gates, np.stack(outputs, 1)))
+        x = x + np.einsum("te,ted->td", gates, np.stack(outputs, 1))
         chosen.append(ids)
     head = w["model.embed_tokens.weight"] if a.tie_embeddings else w["lm_head.weight"]
     return norm(x, w["model.norm.weight"]) @ head.T, np.stack(chosen)

@@ -82,7 +82,13 @@ def test_frozen_and_hashable():
             "config.prefetch.predictor='lerned' is not one of none, random, frequency, repeat, router, learned;"
             " did you mean learned?",
         ),
-        ({"execution": "speculative"}, "config.execution='speculative' is not one of exact"),
+        (
+            {"execution": "cache-aware"},
+            "config.execution='cache-aware' is not one of exact, speculative, speculative_gated, hybrid, cache_aware;"
+            " did you mean cache_aware?",
+        ),
+        ({"speculation": {"bonus": -0.5}}, "config.speculation.bonus must be at least 0, not -0.5"),
+        ({"speculation": {"threshold": 1.5}}, "config.speculation.threshold must be at most 1, not 1.5"),
         ({"dtype": "float16"}, "config.dtype='float16' is not one of float32, bfloat16; did you mean"),
     ],
 )

@@ -1,116 +1,196 @@
 """Speed of several ways to run one model, interleaved in one process: the only comparison that means something here.
 
-Absolute times drift on shared machines; ratios of runs that alternate hold.
+Absolute times drift on shared machines; ratios of runs that alternate hold. A turn runs one request once in every mode,
+and measures what the machine gives for it: C, T and both at once. All figures per token are means over decode steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from moe_jax.errors import UserError
+from moe_jax.evaluation import paired, reader
+from moe_jax.evaluation.lab import Lab, Measured, Request
+from moe_jax.evaluation.modes import BASELINE, Mode
 from moe_jax.inference import bounds, metrics
-from moe_jax.inference.engine import Engine
-from moe_jax.inference.generate import Generation
-from moe_jax.inference.resident import ResidentExperts
-from moe_jax.inference.sampling import Sampling
-from moe_jax.inference.session import Model
-from moe_jax.offload.source import OffloadedExperts
-from moe_jax.prediction import predictors
-from moe_jax.trace import Trace
+from moe_jax.model.experts import Key
 
-RESIDENT, BASELINE = "resident", "none"
+WARM_UP_TOKENS = 8
 
 
-@dataclasses.dataclass
-class Mode:
-    """One way to run the model: `resident`, or offloaded with the predictor of that name ("none": LRU on demand)."""
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the machine gives for one request, seconds per decode step.
 
-    name: str
-    engine: Engine
-    step_s: list[float] = dataclasses.field(default_factory=list)
-    run_s: list[float] = dataclasses.field(default_factory=list)  # median step of each run
-    last: Generation | None = None
+    Attributes:
+      compute_s: C, a replay of the executables.
+      transfer_s: T, an independent reader of what LRU on demand loads.
+      together_s: both at once, with nothing that one could wait for in the other.
+    """
+
+    compute_s: float
+    transfer_s: float
+    together_s: float
 
 
 def compare(
-    model: Model, names: Sequence[str], prompts: Sequence[str], new_tokens: int, repeats: int
-) -> list[dict[str, Any]]:
-    """Runs every mode `repeats` times in turn, greedily, and checks that all give the same tokens.
+    lab: Lab,
+    modes: Sequence[Mode],
+    requests: Sequence[Request],
+    budget_bytes: int,
+    turns: int,
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """Runs every mode once a turn, in an order that rotates; turn t takes request t modulo their number.
 
     Args:
-      model: loaded with tier "host"; its budget and bank serve all offloaded modes.
-      names: modes, see `Mode`.
+      requests: of one batch size and prompt length, see `Lab.rehearse`.
 
     Returns:
-      A row per mode: TPOT, the numbers of design.md, the ratio to LRU on demand with its bootstrap interval, and for
-      `resident` the host overhead per layer (TPOT minus the replay of the same executables).
+      What `table` documents.
     """
-    if not isinstance(model.engine.source, OffloadedExperts):
-        raise UserError("benchmark.py compares with offloading: use --config.offload.tier=host")
-    modes = [_mode(model, name) for name in names]
-    tokens: dict[str, list[list[int]]] = {}
-    for turn in range(repeats + 1):
-        for mode in modes:
-            if isinstance(mode.engine.source, OffloadedExperts):
-                mode.engine.source.trace = Trace()
-            original, model.engine = model.engine, mode.engine
-            generation = model.start(prompts, new_tokens, Sampling())
-            model.engine = original
-            for _ in generation:
-                pass
-            tokens[mode.name] = [output.token_ids for output in generation.outputs]
-            if turn:  # the first turn warms up
-                mode.step_s += generation.timing.step_s
-                mode.run_s.append(float(np.median(generation.timing.step_s)))
-            mode.last = generation
-    if any(found != tokens[modes[0].name] for found in tokens.values()):
-        raise AssertionError(f"modes disagree about the text: {tokens}")
-    baseline = next((mode.run_s for mode in modes if mode.name == BASELINE), None)
-    rows = [_row(mode, model, baseline) for mode in modes]
-    for mode in modes:
-        if mode.engine is not model.engine:
-            mode.engine.source.close()
-    return rows
+    capacity = budget_bytes // lab.expert_bytes
+    move, finish = lab.mover()
+    try:
+        misses = [bounds.lru_misses(request.record, lab.architecture.num_moe_layers, capacity) for request in requests]
+        depth = reader.best_depth(move, misses[0]) if misses[0] else 1
+        measured: dict[Mode, list[Measured]] = {mode: [] for mode in modes}
+        limits: list[Limits] = []
+        for turn in range(turns):
+            request = requests[turn % len(requests)]
+            for mode in paired.rotated([*modes, None], turn):
+                progress(f"turn {turn + 1} of {turns}: {mode.name if mode else 'bounds'}")
+                if mode is None:
+                    limits.append(_limits(lab, request, move, misses[turn % len(requests)], depth))
+                else:
+                    measured[mode].append(lab.run(mode, request, _budget(lab, mode, budget_bytes)))
+    finally:
+        finish()
+    return table(lab, requests, budget_bytes, measured, limits, depth)
 
 
-def _mode(model: Model, name: str) -> Mode:
-    base, source = model.engine, model.engine.source
-    assert isinstance(source, OffloadedExperts)
-    if name == RESIDENT:
-        return Mode(name, Engine(base.stages, base.dense, ResidentExperts(model.checkpoint), None, base.prefill_chunk))
-    a = model.checkpoint.architecture
-    own = OffloadedExperts(source.bank, a, source.store.budget_bytes, link_gbps=model.config.offload.link_gbps)
-    prefetch = model.config.prefetch
-    directory = model.predictor_directory()
-    predictor = predictors.load(name, min(prefetch.horizon, a.num_moe_layers), directory, a, base.dense)
-    return Mode(name, Engine(base.stages, base.dense, own, predictor, base.prefill_chunk))
+def _budget(lab: Lab, mode: Mode, budget_bytes: int) -> int:
+    return mode.experts * lab.expert_bytes if mode.experts else budget_bytes
 
 
-def _row(mode: Mode, model: Model, baseline: list[float] | None) -> dict[str, Any]:
-    generation = mode.last
-    assert generation is not None
-    row: dict[str, Any] = {"mode": mode.name}
-    row.update(metrics.measure(generation, 0.0, model.config.offload.link_gbps))
-    steps = np.array(mode.step_s)
-    row["tpot_s"] = {name: float(np.percentile(steps, q)) for name, q in metrics.PERCENTILES.items()}
-    row["host_overhead_s_per_layer"] = None
-    if mode.name == RESIDENT:
-        source, layers = mode.engine.source, mode.engine.architecture.num_moe_layers
-        weights = lambda layer, expert: source.take(layer, [expert])[0]
-        compute = bounds.replay(mode.engine, generation.record, weights, generation.capacity, steps=64)
-        row["replay_s"] = compute
-        row["host_overhead_s_per_layer"] = (row["tpot_s"]["median"] - compute) / layers
-    row["ratio_to_lru"] = _ratio(mode.run_s, baseline) if baseline else None
+def _limits(lab: Lab, request: Request, move: Callable[[Key], None], misses: list[Key], depth: int) -> Limits:
+    steps, replay = len(request.record.active), lab.replay(request)
+    compute = sum(replay.run())
+    transfer = reader.Reading(move, misses, depth).seconds()
+    reading = reader.Reading(move, misses, depth)
+    beside = sum(replay.run())
+    return Limits(compute / steps, transfer / steps, max(beside, reading.seconds()) / steps)
+
+
+def table(
+    lab: Lab,
+    requests: Sequence[Request],
+    budget_bytes: int,
+    measured: dict[Mode, list[Measured]],
+    limits: Sequence[Limits],
+    depth: int,
+) -> dict[str, Any]:
+    """The figures of one budget, batch and prompt length, ready for JSON. Null: does not apply.
+
+    `bounds`: C, T and what follows from them (design.md, "Numbers, defined once"); `machine_s` is both at once, and
+    `machine_overlap_share` the share of the overlap that this is; `reader_*` describe the independent reader;
+    `*_loads_per_token` what LRU on demand must load, and Belady's optimum.
+
+    `modes`: one row each. `ratio_to_lru` is of means, paired by turn; `overlap_of_machine` is the mode's overlap over
+    that of the machine; `loads_to_belady` counts every load, speculative and wasted ones too; `wasted_of_idle` is the
+    link time of speculation that was never used, over the link time that LRU on demand leaves idle.
+    """
+    turns, layers = len(limits), lab.architecture.num_moe_layers
+    used = [requests[turn % len(requests)] for turn in range(turns)]
+    capacity = budget_bytes // lab.expert_bytes
+    steps = [len(request.record.active) for request in used]
+    lru = [len(bounds.lru_misses(request.record, layers, capacity)) for request in used]
+    compute, transfer, together = (
+        np.array([getattr(limit, name) for limit in limits]) for name in ("compute_s", "transfer_s", "together_s")
+    )
+    overlap = lambda times: lambda t: bounds.overlap_share(compute[t].mean(), transfer[t].mean(), times[t].mean())
+    every = np.arange(turns)
+    rate = sum(lru) * lab.expert_bytes / float(transfer @ steps) if sum(lru) else None
+    shared = {
+        "compute_s": float(compute.mean()),
+        "transfer_s": float(transfer.mean()),
+        "bound_overlap_s": float(max(compute.mean(), transfer.mean())),
+        "bound_serial_s": float(compute.mean() + transfer.mean()),
+        "machine_s": float(together.mean()),
+        "machine_overlap_share": overlap(together)(every),
+        "reader_depth": depth,
+        "reader_bytes_per_s": rate,
+        "lru_loads_per_token": sum(lru) / sum(steps),
+        "belady_loads_per_token": sum(bounds.belady_loads(r.record, layers, capacity) for r in used) / sum(steps),
+        "every_expert_resident": lab.resident,  # while C was measured; otherwise the budget's experts stood for all
+    }
+    baseline = next((runs for mode, runs in measured.items() if mode.name == BASELINE), None)
+    rows = []
+    for mode, runs in measured.items():
+        row = _row(lab, mode, runs, used, budget_bytes)
+        times = np.array([run.mean_s for run in runs])
+        row["ratio_to_lru"] = paired.ratio(times, [run.mean_s for run in baseline]) if baseline else None
+        moves = runs[0].summary is not None
+        row["overlap_share"] = overlap(times)(every) if moves else None
+        row["overlap_of_machine"] = None
+        if row["overlap_share"] is not None and (shared["machine_overlap_share"] or 0) > 0:
+            hidden = lambda t, times: (compute + transfer - times)[t].mean()
+            quotient = lambda t, times=times: float(hidden(t, times) / hidden(t, together))  # noqa: B023
+            row["overlap_of_machine"] = paired.interval(quotient, turns)
+        row["wasted_of_idle"] = None
+        if moves and baseline and rate:
+            idle = np.average([run.mean_s for run in baseline], weights=steps) - transfer.mean()
+            wasted = row["bytes_per_token"]["speculative_wasted"] / rate
+            row["wasted_of_idle"] = float(wasted / idle) if idle > 0 else None
+        rows.append(row)
+    batch, length = len(requests[0].prompts), max(len(prompt) for prompt in requests[0].prompts)
+    return {
+        "budget_bytes": budget_bytes,
+        "budget_share": capacity / (layers * lab.architecture.num_experts),
+        "experts_in_budget": capacity,
+        "expert_bytes": lab.expert_bytes,
+        "batch": batch,
+        "prompt_length": length,
+        "decode_steps": steps,
+        "turns": turns,
+        "bounds": shared,
+        "limits_by_turn": [dataclasses.asdict(limit) for limit in limits],
+        "modes": rows,
+    }
+
+
+def _row(lab: Lab, mode: Mode, runs: Sequence[Measured], used: Sequence[Request], budget_bytes: int) -> dict[str, Any]:
+    steps = [len(run.step_s) for run in runs]
+    every = np.concatenate([run.step_s for run in runs])
+    row: dict[str, Any] = {
+        **dataclasses.asdict(mode),
+        "tpot_s": {
+            "mean": float(every.mean()),
+            **{name: float(np.percentile(every, q)) for name, q in metrics.PERCENTILES.items()},
+        },
+        "tpot_by_turn_s": [run.mean_s for run in runs],
+        "ttft_s": float(np.median([run.ttft_s for run in runs])),
+        "recall": None if runs[0].recall is None else float(np.mean([run.recall for run in runs])),  # pyright: ignore
+        "predictor_s_per_token": lab.predictor_seconds(mode, len(used[0].prompts)),
+        "device_budget_bytes": None,
+        "peak_device_cache_bytes": None,
+        "loads_per_token": None,
+        "loads_to_belady": None,
+    }
+    found = [run.summary for run in runs if run.summary is not None]
+    names = ("needed", "hit_rate", "ready_recall", "bytes_per_token", "stall_s_per_token")
+    row |= {name: paired.mean_of(found, steps, name) if found else None for name in names}
+    if found:
+        budget = _budget(lab, mode, budget_bytes)
+        optimum = sum(
+            bounds.belady_loads(r.record, lab.architecture.num_moe_layers, budget // lab.expert_bytes) for r in used
+        )
+        loads = sum(run.loads or 0 for run in runs)
+        row["device_budget_bytes"] = budget
+        row["peak_device_cache_bytes"] = max(summary["peak_device_cache_bytes"] for summary in found)
+        row["loads_per_token"] = loads / sum(steps)
+        row["loads_to_belady"] = loads / optimum if optimum else None
     return row
-
-
-def _ratio(run_s: list[float], baseline: list[float], draws: int = 2000) -> dict[str, float]:
-    """Median of the paired ratios to LRU on demand, with a 95% bootstrap interval."""
-    ratios = np.array(run_s) / np.array(baseline)
-    resampled = np.random.default_rng(0).choice(ratios, (draws, len(ratios)))
-    low, high = np.percentile(np.median(resampled, axis=1), [2.5, 97.5])
-    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}

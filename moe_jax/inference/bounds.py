@@ -4,36 +4,52 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from moe_jax.inference.engine import DecodeState, Engine, Record
 from moe_jax.inference.grouping import arities, assign, unique_in_order
-from moe_jax.model.experts import ExpertWeights
+from moe_jax.model.experts import ExpertWeights, Key
 
 
-def replay(
-    engine: Engine, record: Record, weights_of: Callable[[int, int], ExpertWeights], capacity: int, steps: int = 16
-) -> float:
-    """C: median seconds per decode step of the same executables with recorded routing and no host logic in between.
+class Replay:
+    """The executables of recorded decode steps, without host logic between them and with nothing to wait for.
 
     Args:
       record: of a run with at least one decode step.
       weights_of: (layer, expert) -> resident weights.
       capacity: cache positions S of that run.
-      steps: how many of the last recorded steps are replayed (after one to warm up).
+      steps: how many of the last recorded steps are replayed; None: all.
     """
-    stages, layers = engine.stages, engine.architecture.num_moe_layers
-    batch = record.ids[0].shape[0]
-    state = DecodeState(stages.kv_cache(batch, capacity), stages.rope(capacity), record.lengths[0], record.active[0])
-    chosen = range(max(0, len(record.active) - steps), len(record.active))
-    plans = [[_plan(engine, record, step, layer) for layer in range(layers)] for step in chosen]
-    times = []
-    for step, plan in zip([chosen[0], *chosen], [plans[0], *plans], strict=True):
-        lengths, active = record.lengths[step], record.active[step]
-        positions = np.where(active, lengths, capacity).astype(np.int32)[:, None]
+
+    def __init__(
+        self,
+        engine: Engine,
+        record: Record,
+        weights_of: Callable[[int, int], ExpertWeights],
+        capacity: int,
+        steps: int | None = None,
+    ):
+        self._engine, self._record, self._weights_of, self._capacity = engine, record, weights_of, capacity
+        self.steps = range(max(0, len(record.active) - (steps or len(record.active))), len(record.active))
+        layers = range(engine.architecture.num_moe_layers)
+        self._plans = {step: [_plan(engine, record, step, layer) for layer in layers] for step in self.steps}
+
+    def run(self) -> list[float]:
+        """Seconds of each step, after one to warm up that is not among them."""
+        stages, record, capacity = self._engine.stages, self._record, self._capacity
+        batch = record.ids[0].shape[0]
+        state = DecodeState(
+            stages.kv_cache(batch, capacity), stages.rope(capacity), record.lengths[0], record.active[0]
+        )
+        return [self._step(state, step, batch) for step in (self.steps[0], *self.steps)][1:]
+
+    def _step(self, state: DecodeState, step: int, batch: int) -> float:
+        engine, stages, plan = self._engine, self._engine.stages, self._plans[step]
+        lengths, active = self._record.lengths[step], self._record.active[step]
+        positions = np.where(active, lengths, self._capacity).astype(np.int32)[:, None]
         started = time.perf_counter()
         x = stages.embed(engine.dense, np.zeros((batch, 1), np.int32))
         for index, layer in engine.numbered:
@@ -43,12 +59,18 @@ def replay(
             routed = stages.route(index, engine.dense, state.rope, x, positions, state.kv)
             outputs = routed.outputs
             for experts, rows, slots in plan[layer]:
-                weights = tuple([weights_of(layer, expert) for expert in experts])
+                weights = tuple([self._weights_of(layer, expert) for expert in experts])
                 outputs, _ = stages.experts(outputs, routed.h, rows, slots, weights)
             x = stages.combine(routed.residual, outputs, routed.gates, x)
         stages.head(engine.dense, x, np.zeros(batch, np.int32)).block_until_ready()
-        times.append(time.perf_counter() - started)
-    return float(np.median(times[1:]))
+        return time.perf_counter() - started
+
+
+def replay(
+    engine: Engine, record: Record, weights_of: Callable[[int, int], ExpertWeights], capacity: int, steps: int = 16
+) -> float:
+    """C: median seconds per decode step of a `Replay` of the last `steps` steps."""
+    return float(np.median(Replay(engine, record, weights_of, capacity, steps).run()))
 
 
 def _plan(engine: Engine, record: Record, step: int, layer: int) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
@@ -60,24 +82,47 @@ def _plan(engine: Engine, record: Record, step: int, layer: int) -> list[tuple[l
     return calls
 
 
-def lru_loads(record: Record, num_layers: int, experts_in_budget: int) -> int:
-    """Experts that a cache of this size under LRU, without prefetching, loads during the decode steps of `record`."""
-    resident: OrderedDict[tuple[int, int], None] = OrderedDict()
+def lru_misses(record: Record, num_layers: int, experts_in_budget: int) -> list[Key]:
+    """What a cache of this size under LRU, without prefetching, loads during the decode steps of `record`, in order."""
+    resident: OrderedDict[Key, None] = OrderedDict()
+    misses, (uses, first) = [], uses_in_order(record, num_layers)
+    for at, key in enumerate(uses):
+        if key not in resident and at >= first:
+            misses.append(key)
+        resident[key] = None
+        resident.move_to_end(key)
+        if len(resident) > experts_in_budget:
+            resident.popitem(last=False)
+    return misses
 
-    def use(layer: int, needed: Sequence[int]) -> int:
-        misses = 0
-        for key in [(layer, expert) for expert in needed]:
-            misses += key not in resident
-            resident[key] = None
-            resident.move_to_end(key)
-            if len(resident) > experts_in_budget:
-                resident.popitem(last=False)
-        return misses
 
-    for layer, needed in enumerate(record.prefill_needed):
-        use(layer % num_layers, needed)
+def belady_loads(record: Record, num_layers: int, experts_in_budget: int) -> int:
+    """The fewest loads, of any kind, with which the decode steps of `record` can run in a cache of this size.
+
+    Belady's MIN (IBM Systems Journal 5(2), 1966): what is needed last leaves, which may be what has just been used. The
+    experts of a layer count one after another, so that no schedule whatever, prefetching or not, has fewer.
+    """
+    uses, first = uses_in_order(record, num_layers)
+    later: dict[Key, int] = {}
+    next_use = [0] * len(uses)
+    for at in range(len(uses) - 1, -1, -1):
+        next_use[at] = later.get(uses[at], len(uses) + at)
+        later[uses[at]] = at
+    resident: dict[Key, int] = {}
+    loads = 0
+    for at, key in enumerate(uses):
+        loads += key not in resident and at >= first
+        resident[key] = next_use[at]
+        if len(resident) > experts_in_budget:
+            del resident[max(resident, key=resident.__getitem__)]
+    return loads
+
+
+def uses_in_order(record: Record, num_layers: int) -> tuple[list[Key], int]:
+    """Every use of an expert in order, and the index of the first one after the prefill."""
+    prefill = [(i % num_layers, expert) for i, needed in enumerate(record.prefill_needed) for expert in needed]
     complete = record.needed[: len(record.active) * num_layers]
-    return sum(use(i % num_layers, needed) for i, needed in enumerate(complete))
+    return prefill + [(i % num_layers, expert) for i, needed in enumerate(complete) for expert in needed], len(prefill)
 
 
 def predictor_seconds(engine: Engine, state_batch: int, repeats: int = 20) -> float | None:

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.inference.execution import Execution, Plan
 from moe_jax.inference.grouping import arities, assign, bucket, unique_in_order
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import KVCache, Routed, Stages
 from moe_jax.model.experts import ExpertSource, ExpertWeights
-from moe_jax.prediction.predictors import Features
+from moe_jax.prediction.predictors import Features, Prediction
 
 SMALL_CHUNK = 32
 LARGE_EXPERT = 1 << 18
@@ -32,8 +33,9 @@ LARGE_EXPERT = 1 << 18
 are still on their way. Smaller ones share calls, since a call costs more than it could hide."""
 MEMORY_TOKENS = 256
 """Tokens that a predictor is told of afterwards when it was not asked for a while."""
-Sink = Callable[[int, int, Routed], None]
-"""Receives (layer among those with experts, chunk, Routed) during prefill; rows are [B, Tc] flattened."""
+Sink = Callable[[int, int, Routed, jax.Array], None]
+"""Receives (layer among those with experts, chunk, Routed, outputs of the experts [R * K, D]) during prefill, when the
+layer's experts have run; rows are [B, Tc] flattened."""
 
 
 @dataclasses.dataclass
@@ -45,6 +47,7 @@ class DecodeState:
     lengths: np.ndarray  # int32 [B]: positions filled; the next token of a row goes to this position
     active: np.ndarray  # bool [B]: rows still generating
     predictor: Any = None  # the predictor's own state
+    memory: Any = None  # the execution mode's own state
     unseen: deque[np.ndarray] = dataclasses.field(default_factory=lambda: deque(maxlen=MEMORY_TOKENS))
     step: int = 0
 
@@ -63,7 +66,9 @@ class Record:
     prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per layer
     needed: list[list[int]] = dataclasses.field(default_factory=list)
     ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B, K]
-    predicted: list[np.ndarray] = dataclasses.field(default_factory=list)  # float32 [E], for the layer after
+    routed: list[np.ndarray] = dataclasses.field(default_factory=list)  # the router's own ids; empty: those that ran
+    # float32 [E], for the layer after; None where no prediction was made
+    predicted: list[np.ndarray | None] = dataclasses.field(default_factory=list)
     active: list[np.ndarray] = dataclasses.field(default_factory=list)  # bool [B], per step
     lengths: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B], per step
 
@@ -78,6 +83,7 @@ class Engine:
       predictor: a predictor with its parameters, or None.
       prefill_chunk: token rows of one prefill chunk (over all prompts of the batch).
       max_seq_len: most positions of a row, prompt and new tokens together.
+      execution: what decode steps run instead of the router's own choice; None: exactly that.
     """
 
     def __init__(
@@ -88,26 +94,31 @@ class Engine:
         predictor: tuple[Any, Any, Any] | None = None,
         prefill_chunk: int = 256,
         max_seq_len: int | None = None,
+        execution: Execution | None = None,
     ):
         self.stages, self.dense, self.source = stages, dense, source
         self.architecture: Architecture = stages.architecture
         self.prefill_chunk = prefill_chunk
         self.max_seq_len = max_seq_len or self.architecture.max_seq_len
-        self.predictor, self.spec, self.predictor_params = predictor or (None, None, None)
-        self.prediction_s = 0.0  # what the predictions of one token cost; measured by `compile`
-        a = self.architecture
-        large = sum(map(math.prod, a.expert_shapes().values())) >= LARGE_EXPERT
-        self.together = 1 if large else a.top_k  # experts in one call at most
-        self._begin = None  # what the predictor says before layer 0, from the token alone
-        if self.predictor is not None:
-            self._predict = jax.jit(self._predict_fn)
-            if self.predictor.begin is not None:
-                self._begin = jax.jit(self._begin_fn)
+        large = sum(map(math.prod, self.architecture.expert_shapes().values())) >= LARGE_EXPERT
+        self.together = 1 if large else self.architecture.top_k  # experts in one call at most
+        self.execution = execution
+        self.use_predictor(predictor)
         self.record: Record | None = None
         ordinal = {layer: i for i, layer in enumerate(self.architecture.moe_layers)}
         # Every layer, and its number among those that have experts: what sources, predictors and records count by.
         self.numbered = [(layer, ordinal.get(layer)) for layer in range(self.architecture.num_layers)]
         self._single = [np.zeros((size, 1), np.int32) for size in range(9)]
+
+    def use_predictor(self, predictor: tuple[Any, Any, Any] | None) -> None:
+        """Replaces the predictor, its spec and its parameters; `compile` again before the next request."""
+        self.predictor, self.spec, self.predictor_params = predictor or (None, None, None)
+        self.prediction_s = 0.0  # what the predictions of one token cost; measured by `compile`
+        self._begin = None  # what the predictor says before layer 0, from the token alone
+        if self.predictor is not None:
+            self._predict = jax.jit(self._predict_fn)
+            if self.predictor.begin is not None:
+                self._begin = jax.jit(self._begin_fn)
 
     # ---- prefill -----------------------------------------------------------------------------------------------
 
@@ -171,8 +182,6 @@ class Engine:
             routed = []
             for c in range(chunks):
                 routed.append(call(stages.route, c))
-                if sink:
-                    sink(layer, c, routed[c])
             ids = [np.asarray(r.ids) for r in routed]
             ids_by_layer.append(np.concatenate([i.reshape(B, Tc, -1) for i in ids], axis=1))
             outputs = [r.outputs for r in routed]
@@ -190,6 +199,9 @@ class Engine:
                         outputs[c], after = stages.experts(outputs[c], routed[c].h, rows, slots, weights)
                 assert after is not None
                 self.source.release(layer, [expert], after)
+            if sink:
+                for c in range(chunks):
+                    sink(layer, c, routed[c], outputs[c])
             x = [stages.combine(r.residual, o, r.gates, xc) for r, o, xc in zip(routed, outputs, x, strict=True)]
 
         last = np.maximum(lengths - 1, 0)
@@ -198,8 +210,11 @@ class Engine:
             here = stages.head(self.dense, x[c], np.where(last // Tc == c, last % Tc, 0).astype(np.int32))
             logits = here if logits is None else jnp.where((last // Tc == c)[:, None], here, logits)
         assert logits is not None
+        seen = np.where(real[None, :, :, None], ids_by_layer, -1)
         if self.predictor is not None:
-            state.predictor = self.predictor.prime(self.spec, np.where(real[None, :, :, None], ids_by_layer, -1))
+            state.predictor = self.predictor.prime(self.spec, seen)
+        if self.execution is not None:
+            state.memory = self.execution.start(seen)
         return logits, state
 
     # ---- decode ------------------------------------------------------------------------------------------------
@@ -211,10 +226,10 @@ class Engine:
         positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None]
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
-        first, predicting = None, self._predicting(state)
-        chosen = []
+        first = plan = None
+        predicting, true = self._predicting(state), []
         if predicting and self._begin is not None:
-            first, state.predictor = self._begin(self.predictor_params, state.predictor, x[:, 0], state.active)
+            (first, plan), state.predictor = self._begin(self.predictor_params, state.predictor, x[:, 0], state.active)
         for index, layer in self.numbered:
             if layer is None:
                 x = stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
@@ -224,33 +239,44 @@ class Engine:
                 # Read once layer 0 is dispatched: copies start while its attention runs.
                 self.source.offer(-1, np.asarray(first))
             predicted = self._start_prediction(layer, routed, state) if predicting else None
-            chosen.append(np.asarray(routed.ids))
-            outputs = self._run_layer(layer, routed, chosen[-1], state.active)
-            x = stages.combine(routed.residual, outputs, routed.gates, x)
+            if self.execution is None:
+                ids, gates = np.asarray(routed.ids), routed.gates
+            else:  # a planned layer is dispatched without waiting for its router
+                ids, gates = self.execution.decide(layer, routed, plan, state.memory, state.active)
+            outputs = self._run_layer(layer, routed, ids, state.active)
+            x = stages.combine(routed.residual, outputs, gates, x)
+            true.append(np.asarray(routed.ids))
+            probabilities = None
             if predicted is not None:
                 # Read after this layer's experts are dispatched: the demand never waits for the predictor.
-                probabilities = np.asarray(predicted)
+                said, plan = predicted
+                probabilities = np.asarray(said)
                 if np.isnan(probabilities[0, 0]):
                     assert self.predictor is not None
                     raise UserError(f"predictor {self.predictor.name}: the run is not the one it was made for")
                 self.source.offer(layer, probabilities)
-                if self.record:
-                    self.record.predicted.append(probabilities[0])
+            if self.record:
+                self.record.predicted.append(None if probabilities is None else probabilities[0])
         if self.record:  # only now: an interrupted step is not one
             self.record.active.append(state.active)
             self.record.lengths.append(state.lengths)
+            if self.execution is not None:
+                self.record.routed += true
         if not predicting and self.predictor is not None:
-            state.unseen.append(np.where(state.active[:, None], chosen, -1))
+            state.unseen.append(np.where(state.active[:, None], true, -1))
         state.lengths = state.lengths + state.active
         state.step += 1
         return stages.head(self.dense, x, np.zeros(x.shape[0], np.int32))
 
     def _predicting(self, state: DecodeState) -> bool:
         """Whether this step makes predictions; if so, the predictor is first told of the steps that it has missed."""
-        if self.predictor is None or not self.source.wants_prediction(self.prediction_s):
+        if self.predictor is None:
+            return False
+        planning = self.execution is not None and self.execution.plans  # what runs must not depend on what pays
+        if not planning and not self.source.wants_prediction(self.prediction_s):
             return False
         if state.unseen:
-            state.predictor = self.predictor.prime(self.spec, np.stack(state.unseen, axis=2))
+            state.predictor = self.predictor.prime(self.spec, np.stack(state.unseen, axis=2), state.step)
             state.unseen.clear()
         return True
 
@@ -277,7 +303,8 @@ class Engine:
             self.source.release(layer, group, after)
         return outputs
 
-    def _start_prediction(self, layer: int, routed: Routed, state: DecodeState) -> jax.Array | None:
+    def _start_prediction(self, layer: int, routed: Routed, state: DecodeState) -> tuple[jax.Array, Plan | None] | None:
+        """P(needed) [H, E] for the layers after this one, and the next one's plan where the execution makes one."""
         if self.predictor is None:
             return None
         features = Features(np.int32(layer), routed.residual, routed.logits, routed.ids, routed.gates)
@@ -287,12 +314,19 @@ class Engine:
     def _predict_fn(self, params, state, features, active):
         assert self.predictor is not None
         prediction, state = self.predictor.apply(params, state, features)
-        return _any_row(prediction.probability, active), state
+        return self._said(prediction, features.layer + 1, active), state
 
     def _begin_fn(self, params, state, embedding, active):
         assert self.predictor is not None and self.predictor.begin is not None
         prediction, state = self.predictor.begin(params, state, embedding)
-        return _any_row(prediction.probability, active), state
+        return self._said(prediction, 0, active), state
+
+    def _said(self, prediction: Prediction, target: Any, active: jax.Array) -> tuple[jax.Array, Plan | None]:
+        """What the decode loop reads of a prediction whose first layer is `target`."""
+        probability, plan = prediction.probability, None
+        if self.execution is not None:
+            probability, plan = self.execution.plan(prediction, target)
+        return _any_row(probability, active), plan
 
     # ---- compilation -------------------------------------------------------------------------------------------
 
@@ -324,6 +358,8 @@ class Engine:
                     outputs, _ = stages.experts(outputs, routed.h, rows, slots, (example,) * arity)
             x = stages.combine(routed.residual, outputs, routed.gates, x)
             stages.head(self.dense, x, np.zeros(B, np.int32)).block_until_ready()
+        if self.execution is not None:
+            jax.block_until_ready(self.execution.warm_up(routed))
         if self.predictor is not None:
             predict = self.example_prediction(B)
             jax.block_until_ready(predict())

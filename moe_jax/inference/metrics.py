@@ -10,6 +10,7 @@ import numpy as np
 from moe_jax.inference import bounds
 from moe_jax.inference.engine import Engine, Record
 from moe_jax.inference.generate import Generation
+from moe_jax.inference.grouping import unique_in_order
 
 PERCENTILES = {"median": 50, "p90": 90, "p99": 99}
 
@@ -38,6 +39,7 @@ def measure(
         "hit_rate": summary.get("hit_rate"),
         "recall": recall(record, engine.architecture.num_moe_layers),
         "ready_recall": summary.get("ready_recall"),
+        "departed": departed(record),
         "bytes_per_token": summary.get("bytes_per_token")
         or dict.fromkeys(("demand", "speculative_used", "speculative_wasted")),
         "stall_s_per_token": summary.get("stall_s_per_token"),
@@ -60,11 +62,28 @@ def measure(
 def recall(record: Record, num_layers: int) -> float | None:
     """Recall of the prediction one layer ahead, not wrapped: top-U of its ranking against the U experts needed."""
     found = []
-    for i, needed in enumerate(record.needed[1:]):
-        if i < len(record.predicted) and (i + 1) % num_layers:
-            guess = np.argsort(-record.predicted[i], kind="stable")[: len(needed)]
+    for i in range(1, len(record.active) * num_layers):
+        predicted = record.predicted[i - 1]
+        if i % num_layers and predicted is not None:
+            needed = record.needed[i]
+            if record.routed:  # what ran may be the prediction itself
+                needed = unique_in_order(record.routed[i], record.active[i // num_layers])
+            guess = np.argsort(-predicted, kind="stable")[: len(needed)]
             found.append(len(set(guess.tolist()) & set(needed)) / len(needed))
     return float(np.mean(found)) if found else None
+
+
+def departed(record: Record) -> float | None:
+    """Share of (token, layer) whose experts were not those of the true router; None in exact mode."""
+    if not record.routed or not record.active:
+        return None
+    layers = len(record.routed) // len(record.active)  # an interrupted step adds less than one of each
+    different = [
+        (np.sort(ran, axis=1) != np.sort(true, axis=1)).any(1)[record.active[i // layers]]
+        for i, (ran, true) in enumerate(zip(record.ids, record.routed, strict=False))
+        if i < len(record.active) * layers
+    ]
+    return float(np.concatenate(different).mean())
 
 
 def _compute_and_transfer(engine: Engine, generation: Generation, link_gbps: float) -> tuple[float, float]:
@@ -75,7 +94,7 @@ def _compute_and_transfer(engine: Engine, generation: Generation, link_gbps: flo
     # Which weights does not matter to the time; those of the store are spread over the experts that ran.
     pick = lambda layer, expert: resident[(layer * engine.architecture.num_experts + expert) % len(resident)]
     compute = bounds.replay(engine, record, pick, generation.capacity)
-    loads = bounds.lru_loads(record, layers, source.store.capacity)
+    loads = len(bounds.lru_misses(record, layers, source.store.capacity))
     rate = source.link_bytes_per_s()
     transfer = loads * source.bank.link_bytes / len(record.active) / min(rate, link_gbps * 1e9 or rate)
     return compute, transfer

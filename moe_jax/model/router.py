@@ -40,11 +40,17 @@ def choose(logits: jax.Array, r: Routing, correction: jax.Array | None = None) -
     gates, ids = jax.lax.top_k(ranked, r.top_k)
     if correction is not None:
         gates = jnp.take_along_axis(scores, ids, axis=-1)
+    return ids, weigh(gates, r)
+
+
+def weigh(scores: jax.Array, r: Routing) -> jax.Array:
+    """Scores of the chosen experts [R, K] to their gates."""
+    gates = scores
     if r.scoring == "softmax_chosen":
         gates = jax.nn.softmax(gates, axis=-1)
     elif r.renormalise:
         gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)  # sigmoids may all be 0; nothing to a softmax
-    return ids, gates if r.scale == 1.0 else gates * r.scale
+    return gates if r.scale == 1.0 else gates * r.scale
 
 
 def rank(logits: jax.Array, r: Routing, correction: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.config import OffloadConfig
 from moe_jax.errors import UserError
+from moe_jax.model.experts import Key
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.disk import DiskBank
 from moe_jax.offload.host_cache import HostCache
@@ -23,19 +25,26 @@ HOST_FLAG = "--config.offload.host_budget"
 
 
 def open_source(
-    config: OffloadConfig, checkpoint: HFCheckpoint | Converted, dtype: Any, free_bytes: int | None
+    config: OffloadConfig,
+    checkpoint: HFCheckpoint | Converted,
+    dtype: Any,
+    free_bytes: int | None,
+    host_bank: HostBank | None = None,
+    future: Sequence[Key] | None = None,
 ) -> OffloadedExperts:
     """The source for tier "host" or "disk".
 
     Args:
       dtype: of the computation.
       free_bytes: what a budget of "auto" may use; None: no budget is "auto".
+      host_bank: for tier "host": one to share; None reads its own.
+      future: for policy "belady": what the run will need, in order; None reads `config.trace`.
 
     Raises:
       UserError: a budget is malformed or too small, the tier or the policy lacks something.
     """
     a, settings = checkpoint.architecture, Settings.load(jax.default_backend())
-    policy = _policy(config)
+    policy = _policy(config, future)
     on_disk = config.tier == "disk"
     if not on_disk and parse_budget(config.host_budget, 1, 1, HOST_FLAG):
         raise UserError(f"{HOST_FLAG} is for tier disk; with tier host all experts are in host memory")
@@ -45,7 +54,7 @@ def open_source(
         expert_bytes = widened_bytes(checkpoint.expert_spec, dtype)
     budget = parse_budget(config.device_budget, a.num_moe_layers * a.num_experts * expert_bytes, free_bytes)
     check_budget(budget, a, expert_bytes, config.budget_scope == "layer")  # before a host bank is read: that takes time
-    bank = disk or HostBank(checkpoint)
+    bank = disk or host_bank or HostBank(checkpoint)
     if config.upcast == "arrival":
         bank = WidenedBank(bank, checkpoint.expert_spec, dtype)
     # Reading from a disk blocks whoever does it: it needs threads on every backend.
@@ -75,9 +84,11 @@ def _disk_bank(
     return HostCache(bank, host_bytes) if host_bytes else bank
 
 
-def _policy(config: OffloadConfig) -> Eviction:
+def _policy(config: OffloadConfig, future: Sequence[Key] | None) -> Eviction:
     if config.policy != "belady":
         return POLICIES[config.policy]()
+    if future is not None:
+        return POLICIES["belady"](future)
     if not config.trace:
         raise UserError(
             "--config.offload.policy=belady needs the future: record the same run once with --trace=FILE,"

@@ -1,0 +1,196 @@
+"""`Lab`: one model opened once, and whatever it takes to run a request with it in any mode, one run at a time.
+
+Weights, executables and (on the host tier) the bank are shared; a source lives as long as one run, so that never more
+than one budget is filled, and every run starts from the same empty store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import Config
+from moe_jax.errors import UserError
+from moe_jax.evaluation.modes import BASELINE, Mode
+from moe_jax.evaluation.reader import DiskReader
+from moe_jax.inference import bounds, metrics
+from moe_jax.inference.engine import Engine, Record
+from moe_jax.inference.generate import Generation
+from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.session import Model
+from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.offload.bank import HostBank
+from moe_jax.offload.open import open_source
+from moe_jax.offload.source import OffloadedExperts, check_budget, parse_budget
+from moe_jax.prediction import predictors
+
+
+@dataclasses.dataclass
+class Request:
+    """A batch of prompts, and what it is known to give: any mode gives the same."""
+
+    prompts: list[list[int]]
+    record: Record
+    token_ids: list[list[int]]
+    capacity: int  # cache positions
+
+
+@dataclasses.dataclass
+class Measured:
+    """One run of one mode. Figures of `summary` are those of `Trace.summary`; None without transfers."""
+
+    step_s: list[float]
+    ttft_s: float
+    recall: float | None
+    summary: dict[str, Any] | None = None
+    loads: int | None = None  # during the decode steps, of any kind
+
+    @property
+    def mean_s(self) -> float:
+        return float(np.mean(self.step_s))
+
+
+class Lab:
+    """Args:
+    config: its budget, predictor and policy do not matter: modes bring theirs.
+    resident: whether every expert may be held on the device.
+    new_tokens: that every run generates, unless its text ends before.
+    """
+
+    def __init__(self, config: Config, resident: bool, new_tokens: int):
+        if config.offload.tier == "none":
+            raise UserError("benchmark.py compares with offloading: use --config.offload.tier=host")
+        offload = dataclasses.replace(config.offload, tier="none") if resident else config.offload
+        self.config, self.new_tokens, self.resident = config, new_tokens, resident
+        prefetch = dataclasses.replace(config.prefetch, predictor="none")
+        self.model = Model(dataclasses.replace(config, offload=offload, prefetch=prefetch))
+        self._engines: dict[Mode, Engine] = {}
+        self._example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.model.checkpoint.expert_spec)
+        self._bank = HostBank(self.model.checkpoint) if config.offload.tier == "host" else None
+        with contextlib.closing(self._open(Mode(BASELINE), "100%", None)) as source:
+            self.expert_bytes = source.store.expert_bytes
+
+    @property
+    def architecture(self):
+        """Of the model."""
+        return self.model.checkpoint.architecture
+
+    def budget(self, text: str) -> int:
+        """Bytes of a budget: as `config.offload.device_budget`, or "min", K experts.
+
+        Raises:
+          UserError: it is malformed or below K experts.
+        """
+        a = self.architecture
+        if text == "min":
+            return a.top_k * self.expert_bytes
+        total = a.num_moe_layers * a.num_experts * self.expert_bytes
+        budget = parse_budget(text, total, flag="--budgets")
+        check_budget(budget, a, self.expert_bytes)
+        return budget
+
+    def rehearse(self, prompts: list[list[int]]) -> Request:
+        """Runs a batch of prompts once, and keeps what it routed and generated."""
+        generation = self._generation(self.model.engine, prompts)
+        for _ in generation:
+            pass
+        if not generation.record.active:
+            raise UserError("a prompt ends its text at once; give another --prompt")
+        return Request(prompts, generation.record, [o.token_ids for o in generation.outputs], generation.capacity)
+
+    def run(self, mode: Mode, request: Request, budget_bytes: int) -> Measured:
+        """One run; checks that it generates what the rehearsal did."""
+        engine = self._engine(mode, request)
+        source = None if mode.resident else self._open(mode, f"{budget_bytes}B", request)
+        engine.source = source or engine.source
+        try:
+            generation = self._generation(engine, request.prompts)
+            gc.collect()
+            for _ in generation:
+                pass
+            found = [output.token_ids for output in generation.outputs]
+            if found != request.token_ids:
+                raise AssertionError(f"mode {mode.name} generates {found}, the rehearsal gave {request.token_ids}")
+            timing, layers = generation.timing, self.architecture.num_moe_layers
+            measured = Measured(timing.step_s, timing.ttft_s[0], metrics.recall(generation.record, layers))
+            if source is not None:
+                measured.summary = source.trace.summary()
+                measured.loads = sum(load.token >= 0 for load in source.trace.loads)
+            return measured
+        finally:
+            if source is not None:
+                source.close()
+                engine.source = self.model.engine.source
+
+    def replay(self, request: Request) -> bounds.Replay:
+        """The executables of the request's decode steps, with every expert resident if the lab has them all."""
+        return bounds.Replay(self.model.engine, request.record, self._weights(), request.capacity)
+
+    def mover(self) -> tuple[Callable[[Key], None], Callable[[], None]]:
+        """Brings one expert over the link that the modes use, and drops it; and what ends its use."""
+        if self._bank is None:
+            reader = DiskReader(self.model.checkpoint)  # pyright: ignore[reportArgumentType]  the disk tier needs it
+            return reader.move, reader.close
+        bank, gbps, link = self._bank, self.config.offload.link_gbps, threading.Lock()
+
+        def move(key: Key) -> None:
+            if not gbps:
+                jax.block_until_ready(bank.copy(key))
+                return
+            with link:
+                ends = time.perf_counter() + self.expert_bytes / (gbps * 1e9)
+                jax.block_until_ready(bank.copy(key))
+                time.sleep(max(0.0, ends - time.perf_counter()))
+
+        return move, lambda: None
+
+    def predictor_seconds(self, mode: Mode, batch: int) -> float | None:
+        """What the predictions of one token cost alone."""
+        engine = self._engines.get(mode)
+        return bounds.predictor_seconds(engine, batch) if engine else None
+
+    def close(self) -> None:
+        """Drops the model."""
+        self.model.close()
+
+    def _generation(self, engine: Engine, prompts: list[list[int]]) -> Generation:
+        engine.compile([len(prompt) for prompt in prompts], self.new_tokens, self._example)
+        texts = [""] * len(prompts)
+        return Generation(
+            engine, self.model.tokenizer, texts, prompts, self.new_tokens, Sampling(), batch_size=len(prompts)
+        )
+
+    def _engine(self, mode: Mode, request: Request) -> Engine:
+        if mode not in self._engines:
+            base = self.model.engine
+            self._engines[mode] = Engine(
+                base.stages, base.dense, base.source, self._predictor(mode), base.prefill_chunk, base.max_seq_len
+            )
+        return self._engines[mode]
+
+    def _predictor(self, mode: Mode) -> Any:
+        base, prefetch, a = self.model.engine, self.config.prefetch, self.architecture
+        horizon = min(mode.horizon or prefetch.horizon, a.num_moe_layers)
+        return predictors.load(mode.predictor, horizon, self.model.predictor_directory(), a, base.dense)
+
+    def _open(self, mode: Mode, budget: str, request: Request | None) -> OffloadedExperts:
+        future = bounds.uses_in_order(request.record, self.architecture.num_moe_layers)[0] if request else []
+        config = dataclasses.replace(self.config.offload, device_budget=budget, policy=mode.policy)
+        return open_source(config, self.model.checkpoint, jnp.dtype(self.config.dtype), None, self._bank, future)
+
+    def _weights(self) -> Callable[[int, int], ExpertWeights]:
+        source = self.model.engine.source
+        if isinstance(source, OffloadedExperts):
+            held = source.resident()
+            # Which weights does not matter to the time, as long as they are spread as those that ran.
+            return lambda layer, expert: held[(layer * self.architecture.num_experts + expert) % len(held)]
+        return lambda layer, expert: source.take(layer, [expert])[0]

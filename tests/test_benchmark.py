@@ -1,0 +1,112 @@
+"""benchmark.py as a user meets it: tables, JSON, plot, one-line errors."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.evaluation import modes
+from tests.tiny import TINY, write_tiny
+
+ROOT = Path(__file__).parent.parent
+BOUNDS = {
+    *("compute_s", "transfer_s", "bound_overlap_s", "bound_serial_s", "machine_s", "machine_overlap_share"),
+    *("reader_depth", "reader_bytes_per_s", "lru_loads_per_token", "belady_loads_per_token", "every_expert_resident"),
+}
+ROW = {
+    *("name", "predictor", "policy", "horizon", "experts", "tpot_s", "tpot_by_turn_s", "ttft_s", "recall"),
+    *("predictor_s_per_token", "device_budget_bytes", "peak_device_cache_bytes", "loads_per_token", "loads_to_belady"),
+    *("needed", "hit_rate", "ready_recall", "bytes_per_token", "stall_s_per_token", "ratio_to_lru", "overlap_share"),
+    *("overlap_of_machine", "wasted_of_idle"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    # No eos: random weights would end a text at once.
+    return write_tiny(tmp_path_factory.mktemp("model"), dataclasses.replace(TINY, eos_ids=()))
+
+
+def benchmark(*flags) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmark.py"), f"--config={ROOT}/configs/mixtral.py", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_tables_json_and_plot(checkpoint, tmp_path):
+    out, plot = tmp_path / "out.json", tmp_path / "plot"
+    done = benchmark(
+        f"--config.checkpoint={checkpoint}",
+        "--modes=resident,lru,repeat,no_cache,paper",
+        "--budgets=min,50%",
+        "--batches=2",
+        "--prompt_lengths=8",
+        "--max_new_tokens=5",
+        "--repeats=2",
+        "--config.offload.link_gbps=0.05",
+        f"--output_json={out}",
+        f"--plot={plot}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("*simulated* link of 0.05 GB/s") == 2
+    document = json.loads(out.read_text())
+    assert document["simulated_link_gbps"] == 0.05
+    runs = document["runs"]
+    assert [(run["batch"], run["budget"]) for run in runs] == [(2, "min"), (2, "50%")]
+    assert [len(run["modes"]) for run in runs] == [5, 3]  # a mode with a budget of its own runs at the first
+    for run in runs:
+        bounds = run["bounds"]
+        assert bounds.keys() == BOUNDS
+        assert 0 < bounds["belady_loads_per_token"] <= bounds["lru_loads_per_token"]
+        assert bounds["bound_serial_s"] == pytest.approx(bounds["compute_s"] + bounds["transfer_s"])
+        assert bounds["machine_s"] > 0
+        assert bounds["reader_bytes_per_s"] < 0.05e9
+        rows = {row["name"]: row for row in run["modes"]}
+        assert all(row.keys() == ROW for row in rows.values())
+        assert rows["lru"]["ratio_to_lru"] == {"value": 1, "low": 1, "high": 1}
+        for row in (rows["lru"], rows["repeat"]):
+            moved = sum(row["bytes_per_token"].values())
+            whole = row["loads_per_token"] * run["expert_bytes"]
+            assert 0.8 * whole < moved < 1.0001 * whole  # some may be given up half way
+        assert rows["resident"]["loads_to_belady"] is None
+        for name in ("lru", "repeat"):
+            assert rows[name]["loads_to_belady"] > 0.5  # a prefill may load ahead, outside of what is counted
+            assert rows[name]["peak_device_cache_bytes"] <= rows[name]["device_budget_bytes"] == run["budget_bytes"]
+            assert sum(rows[name]["needed"].values()) == pytest.approx(1)
+    assert runs[0]["modes"][4]["device_budget_bytes"] == 4 * runs[0]["expert_bytes"]  # paper: two layers' experts
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "SIMULATED LINK" in drawn and "perfect overlap" in drawn
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--modes=lru,lurned"], ["unknown mode 'lurned'", "did you mean learned?"]),
+        (["--budgets=0.1%"], ["too small", "smallest"]),
+        (["--batches=1,x"], ["--batches=1,x", "positive"]),
+        (["--prompt=ab", "--prompt_lengths=30"], ["no prompt has 30 tokens"]),
+        (["--config.offload.tier=none"], ["--config.offload.tier=host"]),
+    ],
+)
+def test_mistakes(checkpoint, flags, parts):
+    done = benchmark(f"--config.checkpoint={checkpoint}", "--modes=lru", *flags)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("benchmark.py: error:") and all(part in last for part in parts), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_modes_by_name():
+    parse = lambda *names, trained=True: modes.parse(
+        names, ("none", "router", "default_vector"), ("lru", "lfu"), 2, trained
+    )
+    assert parse("router+lfu", "lfu") == [modes.Mode("router+lfu", "router", "lfu"), modes.Mode("lfu", "none", "lfu")]
+    assert parse("paper") == [modes.Mode("paper", "default_vector", "lru", horizon=1, experts=4)]
+    assert parse("paper", trained=False)[0].predictor == "router"
+    for names in ((), ("lru", "lru"), ("none",), ("router+",), ("router+mru",), ("resident+lru",)):
+        with pytest.raises(UserError):
+            parse(*names)

@@ -22,8 +22,7 @@ TEXT = flags.DEFINE_multi_string("text", [], "File or folder to train on; repeat
 TEST_TEXT = flags.DEFINE_multi_string("test_text", [], "File to test on; repeatable. Default: the shipped test texts.")
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write scores and timings to this file.")
 
-LOG_BATCH = 8  # windows that go through the model together
-BASELINES = ("router", "repeat", "frequency")  # that the table compares with
+COMPARED = ("learned", "default_vector", "router", "repeat", "frequency")  # in the table
 
 
 def main() -> None:
@@ -32,12 +31,11 @@ def main() -> None:
     started = time.time()
     c = CONFIG.value.to_dict()
 
-    import jax
-
     from moe_jax.config import Config
+    from moe_jax.inference import activations
     from moe_jax.inference.session import Model, shipped
     from moe_jax.model.layers import parameter_counts
-    from moe_jax.prediction import fit, metrics, predictors, report, saved, texts
+    from moe_jax.prediction import fit, lookahead, metrics, predictors, report, saved, texts
     from moe_jax.prediction.activation_log import ActivationLog
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
 
@@ -47,12 +45,12 @@ def main() -> None:
     if not 0 < c["validation_share"] < 1:
         raise UserError(f"config.validation_share must be between 0 and 1, not {c['validation_share']}")
     offload = {"tier": c["tier"], "device_budget": c["device_budget"]}
-    chunk = LOG_BATCH * c["window"]  # a batch of windows is one prefill chunk
+    chunk = activations.BATCH * c["window"]  # a batch of windows is one prefill chunk
     values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk}
     model = Model(Config.from_dict(values | {"prefetch": {"predictor": "none"}}))
     a = model.checkpoint.architecture
     spec, parts = Spec.of(a, c["horizon"]), ModelParts.of(model.engine.dense)
-    identity, output = fingerprint(spec, parts), Path(c["output"])
+    identity, output = fingerprint(a, model.engine.dense), Path(c["output"])
     if not 2 <= c["window"] < a.max_seq_len:
         raise UserError(f"config.window={c['window']} must be from 2 to {a.max_seq_len - 1} for this model")
 
@@ -61,12 +59,16 @@ def main() -> None:
         raise UserError("no test texts are shipped; name one with --test_text=FILE")
     sources = TEXT.value or [texts.standard_library()]
     encode = model.tokenizer.encode
-    train_plan = texts.plan(encode, sources, c["window"], c["max_tokens"], c["seed"], exclude=tests)
+    # Neither what is tested on nor what is chosen on is trained on, whoever ships it.
+    exclude = [*tests, *shipped("held_out").glob("held_out_*.txt"), *shipped("development").glob("*.txt")]
+    train_plan = texts.plan(encode, sources, c["window"], c["max_tokens"], c["seed"], exclude=exclude)
     test_plan = texts.plan(encode, tests, c["window"])
     logs = {}
     for name, plan in (("train", train_plan), ("test", test_plan)):
         logs[name] = ActivationLog(output / "log" / name, spec, identity, plan)
-        log_activations(model.engine, logs[name], f"logging {name} text, {plan.lengths.sum():,} tokens")
+        title = f"logging {name} text, {plan.lengths.sum():,} tokens"
+        with report.progress(title, len(plan.tokens)) as advance:
+            activations.write_log(model.engine, logs[name], lambda done, advance=advance: advance(done, {}))
     logged_s = time.time() - started
 
     validation = texts.validation_windows(train_plan, c["validation_share"], c["seed"])
@@ -74,25 +76,28 @@ def main() -> None:
         params, best = fit.fit(settings, spec, parts, logs["train"], validation, output / "fit", advance)
     fitted_s = time.time() - started - logged_s
 
-    scores = {"learned": metrics.evaluate(predictors.Learned(), params, spec, logs["test"])}
-    for name in BASELINES:
-        baseline = predictors.BASELINES[name]
-        initial = baseline.init(jax.random.key(c["seed"]), spec, parts)
-        scores[name] = metrics.evaluate(baseline, initial, spec, logs["test"])
+    vectors, unseen = lookahead.default_vectors(*logs["train"].outputs())
+    weights = {"network": params["network"], "vectors": vectors}
+    scores = {}
+    for name in COMPARED:
+        predictor = (predictors.BASELINES | predictors.TRAINED)[name]
+        own = predictors.params_of(name, spec, parts, weights, c["seed"])
+        scores[name] = metrics.evaluate(predictor, own, spec, logs["test"])
     cost = predictors.Learned.multiply_adds(params) * spec.num_layers / parameter_counts(a)["active"]
     summary = {
         "model": identity,
         "train_tokens": int(train_plan.lengths.sum()),
         "test_tokens": int(test_plan.lengths.sum()),
         "validation": best,
+        "experts_never_seen": unseen,
         "share_of_active_multiply_adds": cost,
         "seconds": {"logging": logged_s, "fitting": fitted_s, "total": time.time() - started},
     }
-    saved.save(output / "predictor", params, spec, identity, {"config": c, **summary})
+    saved.save(output / "predictor", weights, spec, identity, {"config": c, **summary})
     report.print_scores(scores, spec)
     print(
         f"{summary['train_tokens']:,} tokens; logging {logged_s:.0f} s, fitting {fitted_s:.0f} s; the network costs"
-        f" {100 * cost:.1f}% of the model's active multiply-adds\n"
+        f" {100 * cost:.1f}% of the model's active multiply-adds; {unseen} experts were never routed to\n"
         f"saved: --config.prefetch.checkpoint={output / 'predictor'}"
     )
     if OUTPUT_JSON.value:
@@ -100,47 +105,6 @@ def main() -> None:
         document = {"config": c, "spec": dataclasses.asdict(spec), **summary, "scores": by_name}
         Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
     model.close()
-
-
-def log_activations(engine, log, title: str) -> None:
-    """Prefills every window that the log lacks and stores what each layer's router saw and chose."""
-    import numpy as np
-
-    from moe_jax.prediction import report
-
-    missing = log.missing()
-    done = len(log.windows.tokens) - sum(len(log.rows(shard)) for shard in missing)
-    with report.progress(title, len(log.windows.tokens)) as advance:
-        for shard in missing:
-            rows, parts = log.rows(shard), []
-            for start in range(0, len(rows), LOG_BATCH):
-                part = rows[start : start + LOG_BATCH]
-                parts.append([x[: len(part)] for x in run_windows(engine, log.windows, part)])
-                done += len(part)
-                advance(done, {})
-            log.write(shard, *(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def run_windows(engine, windows, rows):
-    """Residual [B, L, T, D], logits [B, L, T, E] and ids [B, L, T, K] of at most LOG_BATCH windows."""
-    import numpy as np
-
-    from moe_jax.prediction.activation_log import half
-
-    T = windows.tokens.shape[1]
-    # Always LOG_BATCH prompts, so that one set of executables serves all.
-    prompts = [windows.tokens[row, : windows.lengths[row]].tolist() for row in rows]
-    prompts += [[0]] * (LOG_BATCH - len(prompts))
-    seen = [[[] for _ in range(engine.architecture.num_moe_layers)] for _ in range(3)]
-
-    def sink(layer, chunk, routed):
-        arrays = half(np.asarray(routed.residual, np.float32)), half(np.asarray(routed.logits)), np.asarray(routed.ids)
-        for store, array in zip(seen, arrays, strict=True):
-            store[layer].append(array.reshape(LOG_BATCH, -1, array.shape[-1]))  # [B, tokens of the chunk, ...]
-
-    engine.prefill(prompts, 0, sink)
-    joined = [np.stack([np.concatenate(chunks, axis=1)[:, :T] for chunks in store], axis=1) for store in seen]
-    return [np.pad(x, ((0, 0), (0, 0), (0, T - x.shape[2]), (0, 0))) for x in joined]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "offload.policy": ("lru", "lfu", "least_stale", "predicted", "belady"),
     "offload.upcast": ("stage", "arrival"),
     "offload.budget_scope": ("global", "layer"),
-    "prefetch.predictor": ("none", "random", "frequency", "repeat", "router", "learned"),
+    "prefetch.predictor": (
+        "none",
+        "random",
+        "frequency",
+        "repeat",
+        "router",
+        "default_vector",
+        "learned",
+        "oracle",
+    ),
     "execution": ("exact", "speculative", "speculative_gated", "hybrid", "cache_aware"),
     "dtype": ("float32", "bfloat16"),
 }

@@ -25,9 +25,17 @@ Override = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
 
 
 def forward(
-    a: Architecture, w: dict[str, np.ndarray], tokens: list[int], override: Override | None = None
+    a: Architecture,
+    w: dict[str, np.ndarray],
+    tokens: list[int],
+    override: Override | None = None,
+    seen: list[tuple[np.ndarray, ...]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [T, V] after each token, and the experts [L, T, K] that the router chose."""
+    """Logits [T, V] after each token, and the experts [L, T, K] that the router chose.
+
+    `seen` gets, for every layer, the residual after attention [T, D], the gates [T, E] (0 where not chosen) and the
+    outputs of all experts [T, E, D].
+    """
     norm = lambda x, weight: weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + a.norm_eps)
     silu = lambda x: x / (1 + np.exp(-x))
     assert isinstance(a.attention, GroupedQuery)
@@ -64,9 +72,13 @@ def forward(
         gates /= gates.sum(-1, keepdims=True)
         if override:
             override(layer, x, router_logits, gates)
+        outputs = []
         for e in range(a.num_experts):
             w1, w2, w3 = (w[f"{p}block_sparse_moe.experts.{e}.w{i}.weight"] for i in (1, 2, 3))
-            x = x + gates[:, e : e + 1] * ((silu(h @ w1.T) * (h @ w3.T)) @ w2.T)
+            outputs.append((silu(h @ w1.T) * (h @ w3.T)) @ w2.T)
+        if seen is not None:
+            seen.append((x, gates, np.stack(outputs, 1)))
+        x = x + np.einsum("te,ted->td", gates, np.stack(outputs, 1))
         chosen.append(ids)
     head = w["model.embed_tokens.weight"] if a.tie_embeddings else w["lm_head.weight"]
     return norm(x, w["model.norm.weight"]) @ head.T, np.stack(chosen)

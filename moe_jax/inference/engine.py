@@ -33,8 +33,9 @@ LARGE_EXPERT = 1 << 18
 are still on their way. Smaller ones share calls, since a call costs more than it could hide."""
 MEMORY_TOKENS = 256
 """Tokens that a predictor is told of afterwards when it was not asked for a while."""
-Sink = Callable[[int, int, Routed], None]
-"""Receives (layer among those with experts, chunk, Routed) during prefill; rows are [B, Tc] flattened."""
+Sink = Callable[[int, int, Routed, jax.Array], None]
+"""Receives (layer among those with experts, chunk, Routed, outputs of the experts [R * K, D]) during prefill, when the
+layer's experts have run; rows are [B, Tc] flattened."""
 
 
 @dataclasses.dataclass
@@ -99,22 +100,25 @@ class Engine:
         self.architecture: Architecture = stages.architecture
         self.prefill_chunk = prefill_chunk
         self.max_seq_len = max_seq_len or self.architecture.max_seq_len
-        self.predictor, self.spec, self.predictor_params = predictor or (None, None, None)
+        large = sum(map(math.prod, self.architecture.expert_shapes().values())) >= LARGE_EXPERT
+        self.together = 1 if large else self.architecture.top_k  # experts in one call at most
         self.execution = execution
-        self.prediction_s = 0.0  # what the predictions of one token cost; measured by `compile`
-        a = self.architecture
-        large = sum(map(math.prod, a.expert_shapes().values())) >= LARGE_EXPERT
-        self.together = 1 if large else a.top_k  # experts in one call at most
-        self._begin = None  # what the predictor says before layer 0, from the token alone
-        if self.predictor is not None:
-            self._predict = jax.jit(self._predict_fn)
-            if self.predictor.begin is not None:
-                self._begin = jax.jit(self._begin_fn)
+        self.use_predictor(predictor)
         self.record: Record | None = None
         ordinal = {layer: i for i, layer in enumerate(self.architecture.moe_layers)}
         # Every layer, and its number among those that have experts: what sources, predictors and records count by.
         self.numbered = [(layer, ordinal.get(layer)) for layer in range(self.architecture.num_layers)]
         self._single = [np.zeros((size, 1), np.int32) for size in range(9)]
+
+    def use_predictor(self, predictor: tuple[Any, Any, Any] | None) -> None:
+        """Replaces the predictor, its spec and its parameters; `compile` again before the next request."""
+        self.predictor, self.spec, self.predictor_params = predictor or (None, None, None)
+        self.prediction_s = 0.0  # what the predictions of one token cost; measured by `compile`
+        self._begin = None  # what the predictor says before layer 0, from the token alone
+        if self.predictor is not None:
+            self._predict = jax.jit(self._predict_fn)
+            if self.predictor.begin is not None:
+                self._begin = jax.jit(self._begin_fn)
 
     # ---- prefill -----------------------------------------------------------------------------------------------
 
@@ -178,8 +182,6 @@ class Engine:
             routed = []
             for c in range(chunks):
                 routed.append(call(stages.route, c))
-                if sink:
-                    sink(layer, c, routed[c])
             ids = [np.asarray(r.ids) for r in routed]
             ids_by_layer.append(np.concatenate([i.reshape(B, Tc, -1) for i in ids], axis=1))
             outputs = [r.outputs for r in routed]
@@ -197,6 +199,9 @@ class Engine:
                         outputs[c], after = stages.experts(outputs[c], routed[c].h, rows, slots, weights)
                 assert after is not None
                 self.source.release(layer, [expert], after)
+            if sink:
+                for c in range(chunks):
+                    sink(layer, c, routed[c], outputs[c])
             x = [stages.combine(r.residual, o, r.gates, xc) for r, o, xc in zip(routed, outputs, x, strict=True)]
 
         last = np.maximum(lengths - 1, 0)
@@ -271,7 +276,7 @@ class Engine:
         if not planning and not self.source.wants_prediction(self.prediction_s):
             return False
         if state.unseen:
-            state.predictor = self.predictor.prime(self.spec, np.stack(state.unseen, axis=2))
+            state.predictor = self.predictor.prime(self.spec, np.stack(state.unseen, axis=2), state.step)
             state.unseen.clear()
         return True
 

@@ -26,10 +26,12 @@ from moe_jax.inference.text import Tokenizer
 from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.model.experts import ExpertSource, widened
 from moe_jax.prediction import predictors
+from moe_jax.prediction.interface import Spec
+from moe_jax.prediction.oracle import Oracle, recorded
 
 
 def shipped(name: str) -> Path:
-    """Path of something that ships with the package: "model", "predictor" or "held_out"."""
+    """Path of something that ships with the package: "model", "predictor", "held_out" or "development"."""
     return Path(str(resources.files("moe_jax"))) / "shipped" / name
 
 
@@ -118,6 +120,8 @@ class Model:
 
     def _predictor(self, dense: Any) -> tuple[Any, Any, Any] | None:
         a, prefetch = self.checkpoint.architecture, self.config.prefetch
+        if prefetch.predictor == Oracle.name:
+            return None  # `start` records what it replays
         horizon = min(prefetch.horizon, a.num_moe_layers)  # further ahead every layer has been seen
         return predictors.load(prefetch.predictor, horizon, self.predictor_directory(), a, dense)
 
@@ -163,14 +167,42 @@ class Model:
             system = [{"role": "system", "content": chat}] if chat else []
             ids = [self.tokenizer.apply_chat([*system, {"role": "user", "content": p}]) for p in prompts]
         size = self.config.batch_size
-        spec = self.checkpoint.expert_spec
+        sampling = sampling or Sampling()
+        if self.config.prefetch.predictor == Oracle.name:
+            self._record_oracle(prompts, ids, max_new_tokens, sampling)
+        self._compile(ids, max_new_tokens)
+        return Generation(self.engine, self.tokenizer, prompts, ids, max_new_tokens, sampling, size)
+
+    def _compile(self, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        size, spec = self.config.batch_size, self.checkpoint.expert_spec
         if self.config.offload.upcast == "arrival":
             spec = jax.eval_shape(lambda expert: widened(expert, self.engine.stages.dtype), spec)
         example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
         for start in range(0, len(ids), size):
             lengths = [len(prompt) for prompt in ids[start : start + size]]
             self.compile_s += self.engine.compile(lengths, max_new_tokens, example)
-        return Generation(self.engine, self.tokenizer, prompts, ids, max_new_tokens, sampling or Sampling(), size)
+
+    def _record_oracle(
+        self, prompts: Sequence[str], ids: Sequence[list[int]], max_new_tokens: int, sampling: Sampling
+    ) -> None:
+        """Runs the request without a predictor; the engine then predicts, from a fresh source, what that run routed."""
+        if len(ids) > self.config.batch_size:
+            raise UserError(f"the oracle replays one batch: set --config.batch_size={len(ids)}, or give fewer prompts")
+        self.engine.use_predictor(None)
+        self._compile(ids, max_new_tokens)
+        rehearsal = Generation(
+            self.engine, self.tokenizer, prompts, ids, max_new_tokens, sampling, self.config.batch_size
+        )
+        for _ in rehearsal:
+            pass
+        self.engine.source.close()
+        del self.engine.source  # freed before the next one is loaded: never two copies
+        self.engine.source = self._source()
+        if rehearsal.record.active:  # otherwise nothing is decoded, and nothing predicted
+            a = self.checkpoint.architecture
+            spec = Spec.of(a, min(self.config.prefetch.horizon, a.num_moe_layers))
+            params = Oracle.replay(spec, recorded(rehearsal.record.ids, a.num_moe_layers))
+            self.engine.use_predictor((Oracle(), spec, params))
 
     def generate(self, prompt: str, max_new_tokens: int = 128, sampling: Sampling | None = None) -> Iterator[str]:
         """Streams the continuation of one prompt, piece by piece."""

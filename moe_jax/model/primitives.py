@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.model.architecture import Activation, ClampedSwiGLU
+from moe_jax.model.products import product
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """`x [..., in]` times `weight [out, in]` transposed, plus `bias [out]`: `[..., out]`."""
-    y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+    """`x [..., in]` times `weight [out, in]` transposed, plus `bias [out]`, in x's dtype: `[..., out]`.
+
+    The weight may be of a narrower dtype than x; every value of it counts in full.
+    """
+    y = product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 

@@ -54,14 +54,14 @@ def project(x: jax.Array, weight: Matrix, bias: jax.Array | None = None) -> jax.
     """`x [R, in]` times `weight [out, in]` transposed, plus `bias [out]`, computed in x's dtype: `[R, out]`."""
     bias = None if bias is None else bias.astype(x.dtype)
     if isinstance(weight, Int8):
-        y = linear(x, _widened(weight.values.astype(x.dtype))) * weight.scale.astype(x.dtype)
+        y = linear(x, weight.values) * weight.scale.astype(x.dtype)
     elif isinstance(weight, Int4):
         y = _project_int4(x, weight)
     elif isinstance(weight, Mxfp4):
         even, odd = _widened(mxfp4_values(weight, x.dtype))
         y = linear(x[:, ::2], even) + linear(x[:, 1::2], odd)
     else:
-        return linear(x, weight.astype(x.dtype), bias)
+        return linear(x, weight if weight.dtype == jnp.bfloat16 else weight.astype(x.dtype), bias)
     return y if bias is None else y + bias
 
 

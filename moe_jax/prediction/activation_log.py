@@ -1,7 +1,10 @@
 """Activations on disk: shards of whole windows, a manifest that says what they are of, resumable shard by shard.
 
     DIR/manifest.json   schema, model fingerprint, spec, digest of the planned windows, sizes
-    DIR/shard_00000/    residual.npy float16 [n, L, T, D], logits.npy float16 [n, L, T, E], ids.npy uint16 [n, L, T, K]
+    DIR/windows.npz     the plan: tokens, lengths, documents
+    DIR/shard_00000/    residual.npy float16 [n, L, T, D], logits.npy float16 [n, L, T, E], ids.npy uint16 [n, L, T, K],
+                        gates.npy float16 [n, L, T, K], and outputs.npz: of the real tokens routed to each expert the
+                        sum of its outputs `sums` float32 [L, E, D] and their number `counts` int64 [L, E]
 
 A shard is written beside its place and renamed when it is complete, so a shard that exists is done.
 """
@@ -22,9 +25,8 @@ from moe_jax.errors import UserError
 from moe_jax.prediction.interface import Spec
 from moe_jax.prediction.texts import Windows
 
-SCHEMA = 1
+SCHEMA = 2
 SHARD_WINDOWS = 64
-_NAMES = ("residual", "logits", "ids")
 
 
 class Activations(NamedTuple):
@@ -33,7 +35,19 @@ class Activations(NamedTuple):
     residual: Any  # float16 [W, L, T, D]
     logits: Any  # float16 [W, L, T, E]
     ids: Any  # uint16 [W, L, T, K]: the router's own choice, which rounded logits might not give
+    gates: Any  # float16 [W, L, T, K], as the model uses them
     lengths: Any  # int32 [W]
+
+
+_NAMES = Activations._fields[:-1]
+_DTYPES = dict(zip(_NAMES, (np.float16, np.float16, np.uint16, np.float16), strict=True))
+
+
+class Outputs(NamedTuple):
+    """Of the tokens routed to each expert: what the default vectors are made of."""
+
+    sums: np.ndarray  # float [L, E, D]
+    counts: np.ndarray  # int64 [L, E]
 
 
 def half(x: np.ndarray) -> np.ndarray:
@@ -89,24 +103,25 @@ class ActivationLog:
 
     def missing(self) -> list[int]:
         """Shards that are not complete."""
-        count = -(-len(self.windows.tokens) // SHARD_WINDOWS)
-        return [shard for shard in range(count) if not self._path(shard).is_dir()]
+        return [shard for shard in range(self._shards()) if not self._path(shard).is_dir()]
 
     def rows(self, shard: int) -> np.ndarray:
         """Windows of a shard, int [n]."""
         start = shard * SHARD_WINDOWS
         return np.arange(start, min(start + SHARD_WINDOWS, len(self.windows.tokens)))
 
-    def write(self, shard: int, residual: np.ndarray, logits: np.ndarray, ids: np.ndarray) -> None:
-        """Stores one shard: residual [n, L, T, D], logits [n, L, T, E], ids [n, L, T, K] of `rows(shard)`."""
+    def write(self, shard: int, activations: Activations, outputs: Outputs) -> None:
+        """Stores one shard: the activations of `rows(shard)`, of any float dtype, and what their experts gave."""
         expected = (len(self.rows(shard)), *self.shapes)
         partial = self._path(shard).with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        for name, array in zip(_NAMES, (half(residual), half(logits), ids.astype(np.uint16)), strict=True):
+        for name in _NAMES:
+            array = getattr(activations, name)
             if array.shape[:3] != expected:
                 raise ValueError(f"{name} is {array.shape[:3]}, the log wants {expected}")
-            np.save(partial / f"{name}.npy", array)
+            np.save(partial / f"{name}.npy", half(array) if _DTYPES[name] == np.float16 else array.astype(np.uint16))
+        np.savez(partial / "outputs.npz", sums=outputs.sums.astype(np.float32), counts=outputs.counts.astype(np.int64))
         os.rename(partial, self._path(shard))
 
     def read(self, windows: Sequence[int] | np.ndarray) -> Activations:
@@ -119,10 +134,27 @@ class ActivationLog:
                 try:
                     self._open[shard] = [np.load(file, mmap_mode="r") for file in files]
                 except (OSError, ValueError) as error:
-                    raise UserError(f"shard {self._path(shard)} cannot be read ({error}); delete that folder") from None
+                    raise self._unreadable(shard, error) from None
             picked.append([array[row] for array in self._open[shard]])
-        residual, logits, ids = (np.stack(column) for column in zip(*picked, strict=True))
-        return Activations(residual, logits, ids, self.windows.lengths[np.asarray(windows)])
+        columns = [np.stack(column) for column in zip(*picked, strict=True)]
+        return Activations._make([*columns, self.windows.lengths[np.asarray(windows)]])
+
+    def outputs(self) -> Outputs:
+        """Sums over all shards, float64: the same whatever the order they were written in."""
+        total = Outputs(np.zeros((1, 1, 1)), np.zeros((1, 1), np.int64))
+        for shard in range(self._shards()):
+            try:
+                with np.load(self._path(shard) / "outputs.npz") as found:
+                    total = Outputs(total.sums + found["sums"].astype(np.float64), total.counts + found["counts"])
+            except (OSError, ValueError, KeyError) as error:
+                raise self._unreadable(shard, error) from None
+        return total
+
+    def _shards(self) -> int:
+        return -(-len(self.windows.tokens) // SHARD_WINDOWS)
+
+    def _unreadable(self, shard: int, error: Exception) -> UserError:
+        return UserError(f"shard {self._path(shard)} cannot be read ({error}); delete that folder")
 
     def _path(self, shard: int) -> Path:
         return self.directory / f"shard_{shard:05d}"

@@ -68,7 +68,7 @@ def least_squares(
 @functools.partial(jax.jit, static_argnums=0)
 def _moments(spec: Spec, a: Activations) -> tuple[jax.Array, jax.Array]:
     """Products of inputs [L, F, F] and of inputs with wanted logits [L, F, H E], summed over tokens."""
-    x, gates, previous = window_inputs(spec.norm_eps, a.residual, a.logits, a.ids, spec.horizon)
+    x, gates, previous = window_inputs(spec.norm_eps, a, spec.horizon)
     inputs = jnp.concatenate([x, gates, previous.reshape(*x.shape[:2], -1), jnp.ones_like(x[..., :1])], axis=-1)
     logits = a.logits.astype(jnp.float32)
     wanted, known = window_targets(logits - logits.mean(-1, keepdims=True), a.lengths, spec.horizon)
@@ -94,7 +94,7 @@ def unwhiten(network: dict[str, jax.Array], basis: Mapping[str, Any]) -> dict[st
 def calibrate(spec: Spec, network: dict[str, Any], basis: Any, a: Activations, steps: int = 60) -> dict[str, Any]:
     """Scale and shift of every layer and horizon, fitted to a few windows: regression leaves logits far too flat."""
     plain = network | {"scale": jnp.ones_like(network["scale"]), "shift": jnp.zeros_like(network["shift"])}
-    inputs = window_inputs(spec.norm_eps, a.residual, a.logits, a.ids, spec.horizon)
+    inputs = window_inputs(spec.norm_eps, a, spec.horizon)
     margins = Learned().score_windows(unwhiten(plain, basis), inputs, spec.top_k)
     wanted, known = window_targets(used(a, spec), a.lengths, spec.horizon)
     adam = optax.adam(0.1)

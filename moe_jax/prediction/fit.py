@@ -173,7 +173,7 @@ def _update(schedule: Schedule, spec: Spec, state: dict[str, Any], a: Activation
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(spec: Spec, state: dict[str, Any], a: Activations) -> jax.Array:
     """Of all known targets of some windows: their number, their recall and their cross-entropy, float32 [3]."""
-    inputs = window_inputs(spec.norm_eps, a.residual, a.logits, a.ids, spec.horizon)
+    inputs = window_inputs(spec.norm_eps, a, spec.horizon)
     scores = Learned().score_windows(unwhiten(state["network"], state["basis"]), inputs, spec.top_k)  # [L, R, H, E]
     wanted, known = window_targets(used(a, spec), a.lengths, spec.horizon)
     losses = optax.sigmoid_binary_cross_entropy(scores, wanted).mean(-1) * known

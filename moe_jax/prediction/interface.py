@@ -19,6 +19,8 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture, Routing
 
+Array = jax.Array | np.ndarray
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -62,10 +64,10 @@ class Features(NamedTuple):
     """What layer l knows once its router has run."""
 
     layer: Any  # int32 []
-    residual: jax.Array  # [B, D], after attention and the shared expert are added, before the routed experts
-    logits: jax.Array  # [B, E] float32 router logits
-    ids: jax.Array  # [B, K] int32
-    gates: jax.Array  # [B, K] float32, as the model uses them: scaled, renormalised or not
+    residual: Array  # [B, D], after attention and the shared expert are added, before the routed experts
+    logits: Array  # [B, E] float32 router logits
+    ids: Array  # [B, K] int32
+    gates: Array  # [B, K] float32, as the model uses them: scaled, renormalised or not
 
 
 class Prediction(NamedTuple):
@@ -97,17 +99,35 @@ class ModelParts(NamedTuple):
         return cls(routers, norms, stack("router", "bias"), stack("router", "correction_bias"))
 
 
-def fingerprint(spec: Spec, parts: ModelParts) -> str:
-    """Identifies a model by its sizes and routers, whatever the dtype it is loaded in and whatever the horizon."""
-    sizes = dataclasses.asdict(dataclasses.replace(spec, horizon=1))
-    # A way of routing that a later version adds does not change the models that lack it.
-    defaults = {field.name: field.default for field in dataclasses.fields(Routing)}
-    sizes["routing"] = {name: value for name, value in sizes["routing"].items() if value != defaults[name]}
-    digest = hashlib.sha256(repr(sizes).encode())
-    for array in parts:
-        # Rounded, so that a float32 checkpoint is the same model when it runs in bfloat16.
-        digest.update(b"none" if array is None else array.astype(ml_dtypes.bfloat16).tobytes())
+SAMPLE = 65536  # values of a dense array that the fingerprint looks at
+
+
+def fingerprint(a: Architecture, dense: Any) -> str:
+    """Identifies a model by its architecture and dense weights, whatever the dtype it is loaded in.
+
+    Neither the experts' weights nor their width count: predictors know them by what they do to the residual, and a copy
+    with inflated experts (`moe_jax/evaluation/inflate.py`) is the same model to them.
+
+    Args:
+      a: architecture.
+      dense: pure dict of `layers.Decoder`, of any dtype, on the host or on a device.
+    """
+    same = dataclasses.replace(a, experts=dataclasses.replace(a.experts, ff=0))
+    digest = hashlib.sha256(_plain(same).encode())
+    for path, array in jax.tree_util.tree_leaves_with_path(dense):
+        flat = np.asarray(array).reshape(-1)
+        # Rounded, so that a float32 checkpoint is the same model when it runs in bfloat16. A sample tells models apart.
+        sample = flat[:: -(-flat.size // SAMPLE)].astype(ml_dtypes.bfloat16)
+        digest.update(jax.tree_util.keystr(path).encode() + sample.tobytes())
     return digest.hexdigest()
+
+
+def _plain(value: Any) -> str:
+    """A description without the fields that are at their defaults: one that a later version adds changes nothing."""
+    if not dataclasses.is_dataclass(value):
+        return f"({', '.join(map(_plain, value))})" if isinstance(value, tuple) else repr(value)
+    fields = [f for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
+    return f"{type(value).__name__}({', '.join(f'{f.name}={_plain(getattr(value, f.name))}' for f in fields)})"
 
 
 @jax.tree_util.register_static
@@ -144,8 +164,12 @@ class Predictor(Protocol):
         """The memory of a batch that has seen no token."""
         ...
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
-        """The memory after prompts: ids int [L, B, T, K] of their tokens, -1 where a row has no token."""
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
+        """The memory after tokens whose experts were ids int [L, B, T, K], -1 where a row has no token.
+
+        They are those of the prompts, or the latest of those that were decoded while nobody asked for predictions;
+        `step` decode steps are done.
+        """
         ...
 
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
@@ -158,7 +182,7 @@ def targets(offsets: jax.Array, layer: Any, num_layers: int) -> jax.Array:
     return (layer + offsets) % num_layers
 
 
-def multi_hot(ids: jax.Array, num_experts: int) -> jax.Array:
+def multi_hot(ids: Array, num_experts: int) -> jax.Array:
     """ids [..., K] to 0 and 1, float32 [..., E]; -1 sets nothing."""
     return jax.nn.one_hot(ids, num_experts, dtype=jnp.float32).sum(-2)
 

@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.model.architecture import Routing
-from moe_jax.prediction.interface import Features, ModelParts, Prediction, Spec, last_ids, multi_hot, targets
+from moe_jax.prediction.activation_log import Activations
+from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Spec, last_ids, multi_hot, targets
 
 
 class Network(nnx.Module):
@@ -98,7 +99,7 @@ class Learned:
     def init_state(self, spec: Spec, batch: int) -> Any:
         return {"last": jnp.full((batch, spec.num_layers, spec.top_k), -1, jnp.int32)}
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return {"last": jnp.asarray(last_ids(ids))}
 
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
@@ -122,30 +123,26 @@ class Learned:
         return jax.vmap(lambda tables, *xs: nnx.merge(self._graph, tables)(*xs, top_k))(network, *inputs)
 
 
-def normalise(residual: jax.Array, eps: Any) -> jax.Array:
+def normalise(residual: Array, eps: Any) -> jax.Array:
     """RMS norm without a weight, float32."""
-    x = residual.astype(jnp.float32)
+    x = jnp.asarray(residual, jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def window_inputs(
-    eps: Any, residual: jax.Array, logits: jax.Array, ids: jax.Array, horizon: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The network's inputs for windows [W, L, T, ...] of a log: x [L, R, D], gates [L, R, E], previous [L, R, H, E].
+def window_inputs(eps: Any, a: Activations, horizon: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The network's inputs for windows of a log: x [L, R, D], gates [L, R, E], previous [L, R, H, E].
 
     R = W * T; `previous` of a window's first token is zero.
     """
-    L, E = logits.shape[1], logits.shape[-1]
+    L, E = a.logits.shape[1], a.logits.shape[-1]
     rows = lambda x: jnp.swapaxes(x, 0, 1).reshape(L, -1, *x.shape[3:])
-    ids = ids.astype(jnp.int32)
-    chosen = jnp.take_along_axis(logits.astype(jnp.float32), ids, axis=-1)
-    one_hot = jax.nn.one_hot(ids, E)
-    gates = (one_hot * jax.nn.softmax(chosen, axis=-1)[..., None]).sum(-2)
+    one_hot = jax.nn.one_hot(a.ids.astype(jnp.int32), E)
+    gates = (one_hot * a.gates.astype(jnp.float32)[..., None]).sum(-2)
     used = one_hot.sum(-2)
     before = jnp.pad(used, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
     # A wrapped target belongs to the next token: its last token is this one.
     previous = ahead(before, used, horizon)
-    return rows(normalise(residual, eps)), rows(gates), rows(previous)
+    return rows(normalise(a.residual, eps)), rows(gates), rows(previous)
 
 
 def window_targets(values: jax.Array, lengths: jax.Array, horizon: int) -> tuple[jax.Array, jax.Array]:

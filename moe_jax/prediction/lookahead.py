@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.prediction.interface import Features, ModelParts, Prediction, Rule, Spec, targets
+from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Rule, Spec, targets
 from moe_jax.prediction.membership import from_logits
 
 
@@ -31,7 +31,7 @@ class Router:
     def init_state(self, spec: Spec, batch: int) -> Any:
         return ()
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return ()
 
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
@@ -58,7 +58,7 @@ class DefaultVector:
     def init_state(self, spec: Spec, batch: int) -> Any:
         return ()
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return ()
 
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
@@ -70,7 +70,7 @@ class DefaultVector:
         return _look(params, embedding, -1), state
 
 
-def _look(params: Any, hidden: jax.Array, layer: Any) -> Prediction:
+def _look(params: Any, hidden: Array, layer: Any) -> Prediction:
     """The routers of the layers after `layer` on `hidden` [B, D]."""
     x = hidden.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + params["eps"])

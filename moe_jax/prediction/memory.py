@@ -28,7 +28,7 @@ class Random:
     def init_state(self, spec: Spec, batch: int) -> Any:
         return {"calls": jnp.zeros((), jnp.int32)}
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return self.init_state(spec, ids.shape[1])
 
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
@@ -51,7 +51,7 @@ class Frequency:
     def init_state(self, spec: Spec, batch: int) -> Any:
         return {"counts": jnp.zeros((batch, spec.num_layers, spec.num_experts), jnp.float32)}
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         L, B = ids.shape[:2]
         counts = np.zeros((B, L, spec.num_experts), np.float32)
         layer, row, token, choice = np.nonzero(ids >= 0)
@@ -78,7 +78,7 @@ class Repeat:
     def init_state(self, spec: Spec, batch: int) -> Any:
         return self.prime(spec, np.full((spec.num_layers, batch, 1, spec.top_k), -1))
 
-    def prime(self, spec: Spec, ids: np.ndarray) -> Any:
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         same = (ids[:, :, 1:, :, None] == ids[:, :, :-1, None, :]).any(-1) & (ids[:, :, 1:] >= 0)
         return {
             "last": jnp.asarray(last_ids(ids)),

@@ -89,7 +89,7 @@ def _run(predictor: Predictor, params: Any, spec: Spec, state: Any, activations:
     W, _, T = activations.ids.shape[:3]
     # Steps s = t * L + l: the target of horizon h is step s + h, whether it wraps or not.
     steps = lambda x: jnp.moveaxis(jnp.asarray(x), (2, 1), (0, 1)).reshape(T * L, W, *x.shape[3:])
-    residual, logits, ids = (steps(x) for x in activations[:3])
+    residual, logits, ids, gates = (steps(x) for x in activations[:4])
     ids = ids.astype(jnp.int32)
     future = jnp.concatenate([ids, jnp.full((H, W, K), -1, jnp.int32)])
     shape = (L, H)
@@ -99,9 +99,8 @@ def _run(predictor: Predictor, params: Any, spec: Spec, state: Any, activations:
     def step(carry, s):
         state, sums = carry
         token, layer = s // L, s % L
-        here = logits[s].astype(jnp.float32)
-        gates = jax.nn.softmax(jnp.take_along_axis(here, ids[s], axis=-1), axis=-1)
-        features = Features(layer, residual[s].astype(jnp.float32), here, ids[s], gates)
+        float32 = lambda x: x[s].astype(jnp.float32)
+        features = Features(layer, float32(residual), float32(logits), ids[s], float32(gates))
         prediction, state = predictor.apply(params, state, features)
         probability = prediction.probability  # [W, H, E]
         true = jax.lax.dynamic_slice_in_dim(future, s + 1, H).swapaxes(0, 1)  # [W, H, K]

@@ -6,20 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
 from moe_jax.prediction import saved
 from moe_jax.prediction.interface import Features, ModelParts, Prediction, Predictor, Spec, fingerprint
 from moe_jax.prediction.learned import Learned
-from moe_jax.prediction.lookahead import Router
+from moe_jax.prediction.lookahead import DefaultVector, Router
 from moe_jax.prediction.memory import Frequency, Random, Repeat
+from moe_jax.prediction.oracle import Oracle
 
-__all__ = ["BASELINES", "Features", "Frequency", "Learned", "Prediction", "Predictor", "Random", "Repeat", "Router"]
-__all__ += ["Spec", "load"]
+__all__ = ["BASELINES", "TRAINED", "DefaultVector", "Features", "Frequency", "Learned", "Oracle", "Prediction"]
+__all__ += ["Predictor", "Random", "Repeat", "Router", "Spec", "load", "params_of"]
 
 
 BASELINES: dict[str, Predictor] = {p.name: p for p in (Random(), Frequency(), Repeat(), Router())}
+TRAINED: dict[str, Predictor] = {p.name: p for p in (DefaultVector(), Learned())}
+
+
+def params_of(name: str, spec: Spec, parts: ModelParts, weights: dict[str, Any], seed: int = 0) -> Any:
+    """Parameters of a predictor of this name; `weights` are those of `saved.load`, empty without a trained one."""
+    if name == DefaultVector.name:
+        return Router().init(jax.random.key(seed), spec, parts) | {"vectors": jnp.asarray(weights["vectors"])}
+    if name == Learned.name:
+        return {"network": weights["network"], "eps": jnp.float32(spec.norm_eps)}
+    return BASELINES[name].init(jax.random.key(seed), spec, parts)
 
 
 def load(
@@ -29,8 +41,8 @@ def load(
 
     Args:
       name: one of `config.prefetch.predictor`.
-      horizon: layers ahead to score; at most the one that a learned predictor was trained for.
-      directory: of a trained predictor (for "learned").
+      horizon: layers ahead to score; at most the one that a trained predictor was trained for.
+      directory: of what train_predictor.py made (for those of `TRAINED`).
       architecture, dense: of the model; dense is the pure dict of `layers.Decoder`.
 
     Raises:
@@ -39,14 +51,17 @@ def load(
     if name == "none":
         return None
     spec, parts = Spec.of(architecture, horizon), ModelParts.of(dense)
-    if name == Learned.name:
+    known = BASELINES | TRAINED
+    if name == Oracle.name:
+        Oracle().init(jax.random.key(seed), spec, parts)  # says why not
+    if name not in known:
+        raise UserError(f"unknown predictor {name!r}; choose none, {', '.join(known)} or {Oracle.name}")
+    weights: dict[str, Any] = {}
+    if name in TRAINED:
         if not str(directory):
             raise UserError(
-                "no learned predictor is given for this model: train one with train_predictor.py and pass it with"
-                " --config.prefetch.checkpoint=DIR, or choose --config.prefetch.predictor=router"
+                f"predictor {name} is trained, and there is none for this model: train one with train_predictor.py and"
+                " pass it with --config.prefetch.checkpoint=DIR, or choose --config.prefetch.predictor=router"
             )
-        return Learned(), spec, saved.load(directory, spec, fingerprint(spec, parts))
-    if name not in BASELINES:
-        raise UserError(f"unknown predictor {name!r}; choose none, {', '.join(BASELINES)} or {Learned.name}")
-    predictor = BASELINES[name]
-    return predictor, spec, predictor.init(jax.random.key(seed), spec, parts)
+        weights = saved.load(directory, spec, fingerprint(architecture, dense))
+    return known[name], spec, params_of(name, spec, parts, weights, seed)

@@ -16,22 +16,22 @@ import orbax.checkpoint as ocp
 from moe_jax.errors import UserError
 from moe_jax.prediction.interface import Spec
 
-SCHEMA = 1
+SCHEMA = 2
 
 
-def save(directory: str | Path, params: Any, spec: Spec, model: str, notes: dict[str, Any]) -> None:
-    """Writes a predictor: weights as float16 (half the size, and recall does not change), replacing an earlier one.
+def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str, notes: dict[str, Any]) -> None:
+    """Writes what was trained: weights as float16 (half the size, and recall does not change), replacing earlier ones.
 
     Args:
       directory: created.
-      params: of `Learned`.
+      weights: `network` of `Learned` and `vectors` of `DefaultVector`.
       spec, model: what it was trained for; model is the fingerprint.
       notes: anything worth keeping, for people (JSON).
     """
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / "weights", ignore_errors=True)
-    half = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), params["network"])
+    half = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), weights)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / "weights", half)
     card = {"schema": SCHEMA, "model": model, "spec": dataclasses.asdict(spec), "notes": notes}
@@ -39,7 +39,7 @@ def save(directory: str | Path, params: Any, spec: Spec, model: str, notes: dict
 
 
 def load(directory: str | Path, spec: Spec, model: str) -> Any:
-    """Parameters of `Learned` in float32, cut to `spec.horizon`.
+    """The weights of `save` in float32, cut to `spec.horizon`.
 
     Raises:
       UserError: there is no predictor, it was trained for another model, or its horizon is shorter than asked for.
@@ -66,17 +66,21 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
         )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            network = checkpointer.restore(directory / "weights")
+            weights = checkpointer.restore(directory / "weights")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights of predictor {directory} cannot be read ({reason}); train it again") from None
-    network = {name: jnp.asarray(table, jnp.float32) for name, table in network.items()}
+    weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), weights)
+    return weights | {"network": _cut(weights["network"], spec)}
+
+
+def _cut(network: dict[str, Any], spec: Spec) -> dict[str, Any]:
+    """The network for a shorter horizon."""
     H, E = spec.horizon, spec.num_experts
-    cut = {"residual": -1, "gates": -1, "hidden_out": -1, "bias": -1}
-    for name in cut:
+    for name in ("residual", "gates", "hidden_out", "bias"):
         network[name] = network[name][..., : H * E]
     for name in ("previous", "scale", "shift"):
         network[name] = network[name][:, :H]
     # Rows of hidden_in: residual, gates, then the target layers' last experts, horizon by horizon.
     network["hidden_in"] = network["hidden_in"][:, : spec.d_model + E + H * E]
-    return {"network": network, "eps": jnp.float32(spec.norm_eps)}
+    return network

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from moe_jax.model.architecture import Routing
-from moe_jax.prediction.activation_log import ActivationLog
-from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
+from moe_jax.prediction.activation_log import ActivationLog, Activations, Outputs
+from moe_jax.prediction.interface import ModelParts, Spec
 from moe_jax.prediction.texts import Windows
 
+MODEL = "a made-up model"
 SPEC = Spec(num_layers=3, num_experts=6, d_model=12, norm_eps=1e-5, horizon=3, routing=Routing(top_k=2))
 
 
@@ -46,6 +47,22 @@ def activations(
     return x.astype(np.float32), logits.astype(np.float32), top_k(logits, spec.top_k)
 
 
+def logged(arrays: tuple[np.ndarray, np.ndarray, np.ndarray], rows: np.ndarray | None = None) -> Activations:
+    """As a log holds them, of some windows or of all."""
+    residual, logits, ids = arrays if rows is None else [array[rows] for array in arrays]
+    chosen = np.exp(np.take_along_axis(logits, ids, axis=-1))
+    lengths = np.full(len(ids), ids.shape[2], np.int32)
+    return Activations(residual, logits, ids, chosen / chosen.sum(-1, keepdims=True), lengths)
+
+
+def outputs(spec: Spec, shard: int) -> Outputs:
+    """Made-up sums; expert 1 of layer 0 is never seen."""
+    rng = np.random.default_rng(shard)
+    counts = rng.integers(1, 9, (spec.num_layers, spec.num_experts))
+    counts[0, 1] = 0
+    return Outputs(rng.normal(size=(*counts.shape, spec.d_model)) * counts[..., None], counts)
+
+
 def windows(count: int, length: int, lengths: np.ndarray | None = None, seed: int = 0) -> Windows:
     tokens = np.random.default_rng(seed).integers(1, 50, (count, length)).astype(np.int32)
     full = np.full(count, length, np.int32) if lengths is None else np.asarray(lengths, np.int32)
@@ -57,8 +74,8 @@ def written_log(
 ) -> ActivationLog:
     """A complete log of `count` windows."""
     model = parts(spec)
-    log = ActivationLog(directory, spec, fingerprint(spec, model), windows(count, length, lengths))
+    log = ActivationLog(directory, spec, MODEL, windows(count, length, lengths))
     arrays = activations(spec, model, count, length)
     for shard in log.missing():
-        log.write(shard, *(array[log.rows(shard)] for array in arrays))
+        log.write(shard, logged(arrays, log.rows(shard)), outputs(spec, shard))
     return log

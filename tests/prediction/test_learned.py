@@ -10,10 +10,13 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.prediction import predictors, saved
-from moe_jax.prediction.interface import fingerprint
 from moe_jax.prediction.learned import Learned, boundary, window_inputs, window_targets
-from tests.prediction.synthetic import SPEC, activations, parts
+from tests.prediction.synthetic import MODEL, SPEC, activations, logged, parts
 from tests.prediction.test_predictors import run
+
+
+def weights(params):
+    return {"network": params["network"], "vectors": np.ones((SPEC.num_layers, SPEC.num_experts, SPEC.d_model))}
 
 
 def noisy(learned):
@@ -32,10 +35,10 @@ def test_whole_windows_equal_token_by_token():
     stepwise = run(learned, arrays, params=params)[0]  # [W, T, L, H, E]
 
     @jax.jit
-    def score(network, residual, logits, ids):
-        return learned.score_windows(network, window_inputs(1e-5, residual, logits, ids, SPEC.horizon), SPEC.top_k)
+    def score(network, a):
+        return learned.score_windows(network, window_inputs(1e-5, a, SPEC.horizon), SPEC.top_k)
 
-    scores = score(params["network"], *arrays)
+    scores = score(params["network"], logged(arrays))
     whole = np.array(jax.nn.sigmoid(scores)).reshape(SPEC.num_layers, 2, 6, SPEC.horizon, -1)
     np.testing.assert_allclose(whole.transpose(1, 2, 0, 3, 4), stepwise, atol=1e-5)
 
@@ -70,30 +73,34 @@ def test_boundary_parts_the_top_k_from_the_rest(top_k):
 @pytest.fixture
 def trained(tmp_path):
     params = noisy(Learned(hidden=5))
-    saved.save(tmp_path, params, SPEC, fingerprint(SPEC, parts()), {"note": 1})
+    saved.save(tmp_path, weights(params), SPEC, MODEL, {"note": 1})
     return tmp_path, params
 
 
 def test_saved_weights_come_back_and_a_shorter_horizon_is_a_part_of_them(trained):
     directory, params = trained
-    whole = saved.load(directory, SPEC, fingerprint(SPEC, parts()))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), whole, params)
+    whole = saved.load(directory, SPEC, MODEL)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), whole, weights(params))
     short_spec = dataclasses.replace(SPEC, horizon=2)
-    short = saved.load(directory, short_spec, fingerprint(SPEC, parts()))
+    short = saved.load(directory, short_spec, MODEL)
     learned, arrays = Learned(), activations(SPEC, parts(), 2, 3)
     # What the last token used three layers ahead also speaks through the hidden layer: it is not known any more.
     whole["network"]["hidden_in"] = whole["network"]["hidden_in"].at[:, -SPEC.num_experts :].set(0)
-    expected = run(learned, arrays, params=whole)[0][:, :, :, :2]
-    np.testing.assert_allclose(run(learned, arrays, short_spec, short)[0], expected, atol=1e-6)
+    expected = run(learned, arrays, params=predictors.params_of("learned", SPEC, parts(), whole))[0][:, :, :, :2]
+    np.testing.assert_allclose(
+        run(learned, arrays, short_spec, predictors.params_of("learned", short_spec, parts(), short))[0],
+        expected,
+        atol=1e-6,
+    )
 
 
 def test_it_refuses_another_model_and_a_longer_horizon(trained):
     directory, _ = trained
     with pytest.raises(UserError, match="trained for another model"):
-        saved.load(directory, SPEC, fingerprint(SPEC, parts(seed=1)))
+        saved.load(directory, SPEC, "another model")
     deeper = dataclasses.replace(SPEC, num_layers=9, horizon=4)
     with pytest.raises(UserError, match="looks 3 layers ahead, not 4"):
-        saved.load(directory, deeper, fingerprint(SPEC, parts()))
+        saved.load(directory, deeper, MODEL)
 
 
 @pytest.mark.parametrize("damage", ["card", "fields", "weights"])
@@ -109,5 +116,5 @@ def test_damaged_files_are_one_line(trained, damage):
             if file.is_file():
                 file.write_bytes(b"")
     with pytest.raises(UserError, match="train it again") as error:
-        saved.load(directory, SPEC, fingerprint(SPEC, parts()))
+        saved.load(directory, SPEC, MODEL)
     assert "\n" not in str(error.value)

@@ -18,7 +18,7 @@ from moe_jax.prediction import predictors, saved
 from moe_jax.prediction.interface import Features, ModelParts, Spec, fingerprint, last_ids, multi_hot
 from tests.prediction.synthetic import SPEC, activations, parts
 
-ALL = [*predictors.BASELINES.values(), predictors.Learned(hidden=4)]
+ALL = [*predictors.BASELINES.values(), predictors.DefaultVector(), predictors.Learned(hidden=4)]
 named = pytest.mark.parametrize("predictor", ALL, ids=lambda p: p.name)
 
 
@@ -167,16 +167,6 @@ def test_last_ids_skips_padding(lengths):
         np.testing.assert_array_equal(last[row], expected)
 
 
-def test_the_fingerprint_ignores_dtype_and_horizon_only():
-    model = parts()
-    half = ModelParts(*(x.astype(ml_dtypes.bfloat16).astype(np.float32) for x in model[:2]))
-    other = ModelParts(model.routers[::-1], model.expert_norms)
-    same = fingerprint(SPEC, model)
-    assert same == fingerprint(SPEC, half) == fingerprint(dataclasses.replace(SPEC, horizon=1), model)
-    assert same != fingerprint(SPEC, other)
-    assert same != fingerprint(dataclasses.replace(SPEC, routing=Routing(top_k=1)), model)
-
-
 ARCHITECTURE = mixtral.architecture(
     vocab_size=8,
     d_model=SPEC.d_model,
@@ -196,11 +186,24 @@ def dense(model: ModelParts):
     return {"layers": {i: {"router": {"weight": r}, "expert_norm": {"weight": n}} for i, (r, n) in enumerate(pairs)}}
 
 
+def test_the_fingerprint_ignores_the_dtype_and_the_experts_only():
+    same = fingerprint(ARCHITECTURE, dense(parts()))
+    half = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), dense(parts()))
+    wider = dataclasses.replace(ARCHITECTURE, experts=dataclasses.replace(ARCHITECTURE.experts, ff=64))
+    assert same == fingerprint(ARCHITECTURE, half) == fingerprint(wider, dense(parts()))
+    assert same != fingerprint(ARCHITECTURE, dense(parts(seed=1)))
+    assert same != fingerprint(dataclasses.replace(ARCHITECTURE, routing=Routing(top_k=1)), dense(parts()))
+    assert same != fingerprint(dataclasses.replace(ARCHITECTURE, tie_embeddings=True), dense(parts()))
+    more = dense(parts()) | {"embedding": np.ones((8, SPEC.d_model), np.float32)}
+    other = dense(parts()) | {"embedding": np.full((8, SPEC.d_model), 2, np.float32)}
+    assert len({same, fingerprint(ARCHITECTURE, more), fingerprint(ARCHITECTURE, other)}) == 3
+
+
 def test_load_finds_every_predictor(tmp_path):
     spec = Spec.of(ARCHITECTURE, 3)
-    saved.save(
-        tmp_path, predictors.Learned().init(jax.random.key(0), spec, parts()), spec, fingerprint(spec, parts()), {}
-    )
+    network = predictors.Learned().init(jax.random.key(0), spec, parts())["network"]
+    weights = {"network": network, "vectors": np.zeros((spec.num_layers, spec.num_experts, spec.d_model))}
+    saved.save(tmp_path, weights, spec, fingerprint(ARCHITECTURE, dense(parts())), {})
     assert predictors.load("none", 2, "", ARCHITECTURE, dense(parts())) is None
     for predictor in ALL:
         found = predictors.load(predictor.name, 2, tmp_path, ARCHITECTURE, dense(parts()))
@@ -220,6 +223,8 @@ def test_load_finds_every_predictor(tmp_path):
         ("router", 4, "choose --config.prefetch.horizon from 1 to 3"),
         ("router", 0, "choose --config.prefetch.horizon from 1 to 3"),
         ("learned", 2, "holds no trained predictor"),
+        ("default_vector", 2, "holds no trained predictor"),
+        ("oracle", 2, "replays a recorded run"),
     ],
 )
 def test_load_names_the_mistake(tmp_path, name, horizon, message):
@@ -228,6 +233,7 @@ def test_load_names_the_mistake(tmp_path, name, horizon, message):
     assert "\n" not in str(error.value)
 
 
-def test_learned_without_a_checkpoint_says_how_to_get_one():
+@pytest.mark.parametrize("name", predictors.TRAINED)
+def test_a_trained_one_without_a_checkpoint_says_how_to_get_one(name):
     with pytest.raises(UserError, match="train_predictor.py"):
-        predictors.load("learned", 2, "", ARCHITECTURE, dense(parts()))
+        predictors.load(name, 2, "", ARCHITECTURE, dense(parts()))

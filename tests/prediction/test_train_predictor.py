@@ -58,12 +58,13 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
 
 def weights(directory: Path) -> dict[str, bytes]:
     """Every array of a saved predictor. (Files that orbax writes carry times and random names.)"""
+    import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore((directory / "predictor" / "weights").absolute())
-    return {name: np.asarray(value).tobytes() for name, value in tree.items()}
+    return {str(path): np.asarray(value).tobytes() for path, value in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def reached(output: Path) -> int:
@@ -77,7 +78,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     assert whole.returncode == 0, whole.stderr
     scores = json.loads((place / "scores.json").read_text())
     assert "recall@2 on the test texts" in whole.stdout and "next token" in whole.stdout
-    assert set(scores["scores"]) == {"learned", "router", "repeat", "frequency"}
+    assert set(scores["scores"]) == {"learned", "default_vector", "router", "repeat", "frequency"}
     assert 3000 < scores["train_tokens"] <= 5000
     target = random.choice([1, 2, 500, 2000])  # while logging, and while fitting
     killed = subprocess.Popen(command(place, "killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

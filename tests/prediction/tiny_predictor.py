@@ -20,5 +20,7 @@ def write_predictor(directory: Path, checkpoint: HFCheckpoint, horizon: int) -> 
     params["network"] = {
         name: table + 0.1 * jax.random.normal(next(keys), table.shape) for name, table in params["network"].items()
     }
-    saved.save(directory, params, spec, fingerprint(spec, parts), {})
+    sizes = (spec.num_layers, spec.num_experts, spec.d_model)
+    weights = {"network": params["network"], "vectors": jax.random.normal(next(keys), sizes)}
+    saved.save(directory, weights, spec, fingerprint(checkpoint.architecture, checkpoint.dense()), {})
     return directory

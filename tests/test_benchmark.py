@@ -41,7 +41,7 @@ def test_tables_json_and_plot(checkpoint, tmp_path):
     done = benchmark(
         f"--config.checkpoint={checkpoint}",
         "--modes=resident,lru,repeat,no_cache,paper,oracle,lru@arrival",
-        "--budgets=min,50%",
+        "--budgets=25%,50%",
         "--batches=2",
         "--prompt_lengths=8",
         "--max_new_tokens=5",
@@ -55,7 +55,7 @@ def test_tables_json_and_plot(checkpoint, tmp_path):
     document = json.loads(out.read_text())
     assert document["simulated_link_gbps"] == 0.05
     runs = document["runs"]
-    assert [(run["batch"], run["budget"]) for run in runs] == [(2, "min"), (2, "50%")]
+    assert [(run["batch"], run["budget"]) for run in runs] == [(2, "25%"), (2, "50%")]
     assert [len(run["modes"]) for run in runs] == [7, 5]  # a mode with a budget of its own runs at the first
     for run in runs:
         bounds = run["bounds"]

@@ -81,7 +81,7 @@ def test_chooses_the_least_that_is_near_the_best(table, threads, size):
 
 def probe(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     cache = {"XDG_CACHE_HOME": str(folder), "JAX_PLATFORMS": "cpu"}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **cache, **cli._MALLOC}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **cache, **cli.MALLOC}
     command = [sys.executable, "-m", "moe_jax.probe", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 

@@ -41,7 +41,7 @@ def script(tmp_path_factory) -> Path:
 def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
     if not any(argument.startswith("--config=") for argument in arguments):
         arguments = (f"--config={ROOT / 'configs' / 'mixtral.py'}", *arguments)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **cli._MALLOC}  # set already: no second start
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **cli.MALLOC}  # set already: no second start
     command = [sys.executable, script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 

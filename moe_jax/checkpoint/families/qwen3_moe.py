@@ -17,6 +17,10 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
     c = ConfigReader(config)
     c.require("hidden_act", "silu", default="silu")
     c.get("max_window_layers", None)  # Qwen3-MoE has a window in every layer or in none
+    # Qwen3-Coder says these again.
+    c.require("use_qk_norm", True, default=True)
+    c.require("qkv_bias", False, default=False)
+    c.require("shared_expert_intermediate_size", 0, default=0)
     heads, d_model = c.size("num_attention_heads"), c.size("hidden_size")
     max_seq_len = c.size("max_position_embeddings")
     bias = c.flag("attention_bias", False)

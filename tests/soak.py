@@ -3,8 +3,8 @@
     python tests/soak.py [--tokens=20000] [--checkpoint=DIR] [--predictor=router] [--policy=lru]
 
 Checked: tokens equal those of the resident model; after each text all live arrays are the bank's bytes; the bytes
-counted by cause are those that the kernel says were read, within 1%; anonymous memory does not grow. Takes some minutes;
-exit code 1 and one line if something does not hold.
+counted by cause are those that the kernel says were read, within 1%; anonymous memory does not grow. Takes minutes.
+Exit code 1 and one line if something does not hold.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class OffloadConfig:
     host_budget: str = "0%"
     upcast: str = "stage"
     budget_scope: str = "global"
-    policy: str = "lru"
+    policy: str = "predicted"
     trace: str = ""
     link_gbps: float = 0.0
 

@@ -18,7 +18,7 @@ compiled: list[str] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def listening():
-    listen = lambda event, duration, **_: compiled.append(event)
+    listen = lambda event, duration_secs, **_: compiled.append(event)
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield
     jax.monitoring.unregister_event_duration_listener(listen)

@@ -24,6 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
         "router",
         "default_vector",
         "learned",
+        "best_per_layer",
         "oracle",
     ),
     "execution": ("exact", "speculative", "speculative_gated", "hybrid", "cache_aware"),

@@ -108,6 +108,14 @@ def test_qwen3_coder_says_things_twice():
     assert chosen.read_config({**config, **again}) == chosen.read_config(config)
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "qwen3_moe"])
+def test_fp8_changes_nothing_but_how_weights_are_read(model_type):
+    config, chosen = RELEASED[model_type], FAMILIES[model_type]
+    kept = {"modules_to_not_convert": ["lm_head"], "scale_fmt": "ue8m0"}
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    assert chosen.read_config({**config, "quantization_config": {**FP8, **kept}}) == chosen.read_config(plain)
+
+
 @pytest.mark.parametrize("model_type", OWN)
 def test_old_and_new_rope_fields_mean_the_same(model_type):
     chosen, base = FAMILIES[model_type], RELEASED[model_type]

@@ -189,7 +189,7 @@ def show(run: dict, link_gbps: float) -> None:
         f" {run['turns']} turns{simulated}"
     )
     table = Table(title=title, title_justify="left")
-    columns = ("mode", "TPOT", "p50 / p99", "to LRU (95%)", "hits", "recall", "MB/token", "to Belady", "stall")
+    columns = ("mode", "TPOT", "p50 / p99", "to LRU (95%)", "hits", "recall", "MB/token", "to Belady", "stall", "TTFT")
     for column in (*columns, "overlap", "of machine's (95%)", "wasted/idle", "peak MB"):
         table.add_column(column, justify="left" if column == "mode" else "right")
     ms = lambda s: "-" if s is None else f"{1e3 * s:.2f}"
@@ -208,6 +208,7 @@ def show(run: dict, link_gbps: float) -> None:
             f"{sum(moved.values()) / 1e6:.2f}" if moved else "-",
             number(row["loads_to_belady"]),
             ms(row["stall_s_per_token"]),
+            f"{1e3 * row['ttft_s']:.0f}",
             number(row["overlap_share"]),
             spread(row["overlap_of_machine"]),
             pct(row["wasted_of_idle"]),

@@ -66,7 +66,7 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
         (["--config.batch_size"], ["config.batch_size"]),
         (["--config.batch_size=0"], ["config.batch_size must be at least 1"]),
         (["--config.prefetch.predictor=lerned"], ["none, random", "did you mean learned?"]),
-        (["--config.offload.tier=disk"], ["is not one of none, host"]),
+        (["--config.offload.tier=tape"], ["is not one of none, host, disk"]),
         (["--config=absent.py"], ["--config=absent.py: no such config file; see configs/"]),
         (["--config=configs"], ["--config=configs: no such config file"]),
         (["--config="], ["--config=: no such config file"]),

@@ -5,9 +5,13 @@
     python benchmark.py --config=configs/mixtral.py --inflate=4680 --output_json=speed.json --plot=speed
 
 `--modes` takes `resident` (every expert on the device), `lru` (on demand, the yardstick) or another eviction policy, a
-predictor, PREDICTOR+POLICY, `oracle`, `no_cache`, and `paper` (the method of arXiv 2603.19289, exact). A table each for
-every budget, batch and prompt length. T is what LRU on demand loads, read by an independent reader; C is the same
-computation with everything resident; `machine` is both at once, with nothing to wait for.
+predictor, PREDICTOR+POLICY, `oracle`, `no_cache`, `paper` (the method of arXiv 2603.19289, exact), most of them also as
+MODE@arrival (experts widened to the compute dtype in the budget). A table for every budget, batch and prompt length.
+T is what LRU on demand loads, read by an independent reader; C is the same computation with everything resident.
+
+    python benchmark.py --config=configs/mixtral.py --peers --inflate=7000 --budgets=300MB
+
+`--peers` races llama.cpp, `accelerate` and `transformers` on the same weights, each alone under one memory cap.
 """
 
 import dataclasses
@@ -32,6 +36,12 @@ REPEATS = flags.DEFINE_integer("repeats", 6, "Runs of each mode, in turn.", lowe
 INFLATE = flags.DEFINE_integer("inflate", None, "Run a copy with experts so wide: same text, experts of megabytes.")
 INFLATE_FOLDER = flags.DEFINE_string("inflate_folder", None, "Where inflated copies are kept; default: the user cache.")
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write every figure to this file.")
+PEERS = flags.DEFINE_bool("peers", False, "Race other engines instead; --budgets are ours, within the cap.")
+PEERS_CAP = flags.DEFINE_string("peers_cap", "40%", "Memory of every contender: bytes, or a share of the model's.")
+PEERS_FOLDER = flags.DEFINE_string(
+    "peers_folder", None, "Where peers' copies of the model go; default: the user cache."
+)
+PEERS_ROUNDS = flags.DEFINE_integer("peers_rounds", 1, "Runs of each contender, in turn.", lower_bound=1)
 PLOT = flags.DEFINE_string("plot", None, "Draw TPOT against the budget into PLOT.png and PLOT.svg.")
 
 
@@ -48,8 +58,19 @@ def main() -> None:
 
         plot.require()
     config = Config.from_dict(CONFIG.value.to_dict())
+    if PEERS.value:
+        from moe_jax.evaluation.peers.race import require
+
+        require()
+        if INFLATE.value is None:
+            raise UserError("--peers races on an inflated model, of which every format is made: give --inflate=WIDTH")
     if INFLATE.value is not None:
         config = inflate(config, INFLATE.value)
+    if PEERS.value:
+        document = {"command": " ".join(["python", *sys.argv]), **race(config)}
+        if OUTPUT_JSON.value:
+            Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+        return
     document = {
         "command": " ".join(["python", *sys.argv]),
         "config": dataclasses.asdict(config),
@@ -76,7 +97,12 @@ def measure(config, batches, lengths) -> list[dict]:
     with cli.status("loading the model"):
         lab = Lab(config, resident, MAX_NEW_TOKENS.value)
     modes = ways.parse(
-        MODES.value, choices("prefetch.predictor"), choices("offload.policy"), lab.architecture.top_k, trained
+        MODES.value,
+        choices("prefetch.predictor"),
+        choices("offload.policy"),
+        choices("offload.upcast"),
+        lab.architecture.top_k,
+        trained,
     )
     budgets = {text: lab.budget(text) for text in BUDGETS.value or [config.offload.device_budget]}
     runs = []
@@ -121,6 +147,36 @@ def inflate(config, width: int):
     return dataclasses.replace(config, checkpoint=str(bank), prefetch=prefetch)
 
 
+def race(config) -> dict:
+    """The race against other engines: prints its table, and returns everything."""
+    from moe_jax.evaluation.inflate import cache_folder
+    from moe_jax.evaluation.peers import race as races
+    from moe_jax.evaluation.peers import report
+    from moe_jax.evaluation.texts import prompt_ids
+    from moe_jax.inference.text import Tokenizer
+    from moe_jax.offload.source import parse_budget
+
+    bank = Path(config.checkpoint)
+    released = bank.with_name(bank.name.removesuffix("-bank") + "-hf")  # as `inflated` names them
+    folder = Path(PEERS_FOLDER.value or cache_folder().parent / "peers") / released.name
+    size = sum(file.stat().st_size for file in released.glob("*.safetensors"))
+    cap = parse_budget(PEERS_CAP.value, size, flag="--peers_cap")
+    tokenizer = Tokenizer(bank)
+    length = numbers(PROMPT_LENGTHS)[0] if PROMPT_LENGTHS.value else None
+    prompt = tokenizer.decode(prompt_ids(tokenizer, PROMPT.value, 1, length, 1)[0][0])
+    with cli.status(f"preparing the formats of the peers in {folder}"):
+        entered = races.contenders(
+            races.Entry(released, bank, folder, prompt, tokenizer.encode(prompt), MAX_NEW_TOKENS.value),
+            BUDGETS.value or [config.offload.device_budget],
+            ["none", *(name for name in MODES.value if name not in ("resident", "lru"))],
+            config.prefetch.checkpoint,
+        )
+    results = races.race(*entered, cap, PEERS_ROUNDS.value, lambda what: print(what, file=sys.stderr, flush=True))
+    document = report.document(results, cap, size)
+    print(report.text(document))
+    return document
+
+
 def show(run: dict, link_gbps: float) -> None:
     """One line per mode, and the bounds under them."""
     from rich.console import Console
@@ -133,7 +189,7 @@ def show(run: dict, link_gbps: float) -> None:
         f" {run['turns']} turns{simulated}"
     )
     table = Table(title=title, title_justify="left")
-    columns = ("mode", "TPOT", "p50 / p99", "to LRU (95%)", "hits", "recall", "MB/token", "to Belady", "stall")
+    columns = ("mode", "TPOT", "p50 / p99", "to LRU (95%)", "hits", "recall", "MB/token", "to Belady", "stall", "TTFT")
     for column in (*columns, "overlap", "of machine's (95%)", "wasted/idle", "peak MB"):
         table.add_column(column, justify="left" if column == "mode" else "right")
     ms = lambda s: "-" if s is None else f"{1e3 * s:.2f}"
@@ -152,6 +208,7 @@ def show(run: dict, link_gbps: float) -> None:
             f"{sum(moved.values()) / 1e6:.2f}" if moved else "-",
             number(row["loads_to_belady"]),
             ms(row["stall_s_per_token"]),
+            f"{1e3 * row['ttft_s']:.0f}",
             number(row["overlap_share"]),
             spread(row["overlap_of_machine"]),
             pct(row["wasted_of_idle"]),

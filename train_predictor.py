@@ -19,10 +19,13 @@ from moe_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/predictor.py", "Model, text budget and fit.")
 TEXT = flags.DEFINE_multi_string("text", [], "File or folder to train on; repeatable. Default: Python's own library.")
+VALIDATION_TEXT = flags.DEFINE_multi_string(
+    "validation_text", [], "File that chooses when to stop; repeatable. Default: the shipped development texts."
+)
 TEST_TEXT = flags.DEFINE_multi_string("test_text", [], "File to test on; repeatable. Default: the shipped test texts.")
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write scores and timings to this file.")
 
-COMPARED = ("learned", "default_vector", "router", "repeat", "frequency")  # in the table
+COMPARED = ("best_per_layer", "learned", "default_vector", "router", "repeat", "frequency")  # in the table
 
 
 def main() -> None:
@@ -35,6 +38,7 @@ def main() -> None:
     from moe_jax.inference import activations
     from moe_jax.inference.session import Model, shipped
     from moe_jax.model.layers import parameter_counts
+    from moe_jax.prediction import best as best_per_layer
     from moe_jax.prediction import fit, lookahead, metrics, predictors, report, saved, texts
     from moe_jax.prediction.activation_log import ActivationLog
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
@@ -42,8 +46,6 @@ def main() -> None:
     settings = fit.FitConfig(**c["fit"], seed=c["seed"])
     if c["max_tokens"] < 1:
         raise UserError(f"config.max_tokens must be at least 1, not {c['max_tokens']}")
-    if not 0 < c["validation_share"] < 1:
-        raise UserError(f"config.validation_share must be between 0 and 1, not {c['validation_share']}")
     offload = {"tier": c["tier"], "device_budget": c["device_budget"]}
     chunk = activations.BATCH * c["window"]  # a batch of windows is one prefill chunk
     values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk}
@@ -54,35 +56,37 @@ def main() -> None:
     if not 2 <= c["window"] < a.max_seq_len:
         raise UserError(f"config.window={c['window']} must be from 2 to {a.max_seq_len - 1} for this model")
 
-    tests = TEST_TEXT.value or sorted(map(str, shipped("held_out").glob("held_out_*.txt")))
-    if not tests:
-        raise UserError("no test texts are shipped; name one with --test_text=FILE")
+    ours = {name: sorted(map(str, shipped(name).glob("*.txt"))) for name in ("development", "held_out")}
+    chosen_on, tests = VALIDATION_TEXT.value or ours["development"], TEST_TEXT.value or ours["held_out"]
     sources = TEXT.value or [texts.standard_library()]
     encode = model.tokenizer.encode
     # Neither what is tested on nor what is chosen on is trained on, whoever ships it.
-    exclude = [*tests, *shipped("held_out").glob("held_out_*.txt"), *shipped("development").glob("*.txt")]
+    exclude = [*chosen_on, *tests, *ours["development"], *ours["held_out"]]
     train_plan = texts.plan(encode, sources, c["window"], c["max_tokens"], c["seed"], exclude=exclude)
-    test_plan = texts.plan(encode, tests, c["window"])
+    validation_plan, test_plan = (texts.plan(encode, files, c["window"]) for files in (chosen_on, tests))
     logs = {}
-    for name, plan in (("train", train_plan), ("test", test_plan)):
+    for name, plan in (("train", train_plan), ("validation", validation_plan), ("test", test_plan)):
         logs[name] = ActivationLog(output / "log" / name, spec, identity, plan)
         title = f"logging {name} text, {plan.lengths.sum():,} tokens"
         with report.progress(title, len(plan.tokens)) as advance:
             activations.write_log(model.engine, logs[name], lambda done, advance=advance: advance(done, {}))
     logged_s = time.time() - started
 
-    validation = texts.validation_windows(train_plan, c["validation_share"], c["seed"])
     with report.progress("fitting", settings.steps) as advance:
-        params, best = fit.fit(settings, spec, parts, logs["train"], validation, output / "fit", advance)
+        params, best = fit.fit(settings, spec, parts, logs["train"], logs["validation"], output / "fit", advance)
     fitted_s = time.time() - started - logged_s
 
     vectors, unseen = lookahead.default_vectors(*logs["train"].outputs())
     weights = {"network": params["network"], "vectors": vectors}
-    scores = {}
-    for name in COMPARED:
-        predictor = (predictors.BASELINES | predictors.TRAINED)[name]
+
+    def score(name, log):
         own = predictors.params_of(name, spec, parts, weights, c["seed"])
-        scores[name] = metrics.evaluate(predictor, own, spec, logs["test"])
+        return metrics.evaluate((predictors.BASELINES | predictors.TRAINED)[name], own, spec, log)
+
+    chosen_by = {name: score(name, logs["validation"]) for name in best_per_layer.CANDIDATES}
+    recall, first = ({name: getattr(s, field) for name, s in chosen_by.items()} for field in ("recall", "first"))
+    weights["best"] = best_per_layer.choose(recall, first)
+    scores = {name: score(name, logs["test"]) for name in COMPARED}
     cost = predictors.Learned.multiply_adds(params) * spec.num_layers / parameter_counts(a)["active"]
     summary = {
         "model": identity,

@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     c.offload.host_budget = "0%"  # with tier disk: experts kept in host memory besides
     c.offload.upcast = "stage"  # stage | arrival: when experts take the compute dtype
     c.offload.budget_scope = "global"  # global | layer
-    c.offload.policy = "lru"  # lru | lfu | least_stale | predicted | belady
+    c.offload.policy = "predicted"  # lru | lfu | least_stale | predicted | belady
     c.offload.trace = ""  # of an equal run, for belady
     c.offload.link_gbps = 0.0  # > 0: a simulated link of so many GB/s
     c.prefetch = ConfigDict()

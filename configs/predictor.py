@@ -25,17 +25,16 @@ def get_config() -> ConfigDict:
     c.horizon = 8  # layers ahead
     c.window = 256  # tokens of a window
     c.max_tokens = 600_000  # of text to log, an equal share of each --text
-    c.validation_share = 0.05  # of the documents
     c.seed = 0
     c.fit = ConfigDict(
         dict(
             hidden=96,
-            steps=2000,
+            steps=1600,
             batch_windows=8,
             learning_rate=3e-3,
             direct_rate=0.3,
             ridge=1e-5,
-            evaluate_every=100,
+            evaluate_every=200,
             checkpoint_every=100,
             patience=20,
         )

@@ -14,13 +14,13 @@ from absl import app, flags, logging
 from moe_jax.errors import UserError
 
 # Copies above 32 MiB otherwise fault in fresh pages on every call; malloc reads these only before it starts.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 
 def run(main: Callable[[], None]) -> None:
     """Parses flags and runs `main()`. A mistake of the user ends in one line on stderr and exit code 2."""
-    if any(os.environ.get(name) is None for name in _MALLOC) and sys.platform == "linux":
-        os.environ.update({name: os.environ.get(name, value) for name, value in _MALLOC.items()})
+    if any(os.environ.get(name) is None for name in MALLOC) and sys.platform == "linux":
+        os.environ.update({name: os.environ.get(name, value) for name, value in MALLOC.items()})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
     def guarded(argv: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
             fail(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
         logging.set_verbosity(logging.WARNING)  # JAX and orbax say much at INFO
         try:
-            _use_compilation_cache()
+            use_compilation_cache()
             main()
         except UserError as error:
             fail(str(error))
@@ -39,7 +39,7 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Compiled executables persist between runs; JAX_COMPILATION_CACHE_DIR names another place."""
     import jax
 

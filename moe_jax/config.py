@@ -24,6 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
         "router",
         "default_vector",
         "learned",
+        "best_per_layer",
         "oracle",
     ),
     "execution": ("exact", "speculative", "speculative_gated", "hybrid", "cache_aware"),
@@ -64,7 +65,7 @@ class OffloadConfig:
     host_budget: str = "0%"
     upcast: str = "stage"
     budget_scope: str = "global"
-    policy: str = "lru"
+    policy: str = "predicted"
     trace: str = ""
     link_gbps: float = 0.0
 

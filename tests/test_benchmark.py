@@ -18,7 +18,7 @@ BOUNDS = {
     *("reader_depth", "reader_bytes_per_s", "lru_loads_per_token", "belady_loads_per_token", "every_expert_resident"),
 }
 ROW = {
-    *("name", "predictor", "policy", "horizon", "experts", "tpot_s", "tpot_by_turn_s", "ttft_s", "recall"),
+    *("name", "predictor", "policy", "horizon", "experts", "upcast", "tpot_s", "tpot_by_turn_s", "ttft_s", "recall"),
     *("predictor_s_per_token", "device_budget_bytes", "peak_device_cache_bytes", "loads_per_token", "loads_to_belady"),
     *("needed", "hit_rate", "ready_recall", "bytes_per_token", "stall_s_per_token", "ratio_to_lru", "overlap_share"),
     *("overlap_of_machine", "wasted_of_idle"),
@@ -40,8 +40,8 @@ def test_tables_json_and_plot(checkpoint, tmp_path):
     out, plot = tmp_path / "out.json", tmp_path / "plot"
     done = benchmark(
         f"--config.checkpoint={checkpoint}",
-        "--modes=resident,lru,repeat,no_cache,paper",
-        "--budgets=min,50%",
+        "--modes=resident,lru,repeat,no_cache,paper,oracle,lru@arrival",
+        "--budgets=25%,50%",
         "--batches=2",
         "--prompt_lengths=8",
         "--max_new_tokens=5",
@@ -55,8 +55,8 @@ def test_tables_json_and_plot(checkpoint, tmp_path):
     document = json.loads(out.read_text())
     assert document["simulated_link_gbps"] == 0.05
     runs = document["runs"]
-    assert [(run["batch"], run["budget"]) for run in runs] == [(2, "min"), (2, "50%")]
-    assert [len(run["modes"]) for run in runs] == [5, 3]  # a mode with a budget of its own runs at the first
+    assert [(run["batch"], run["budget"]) for run in runs] == [(2, "25%"), (2, "50%")]
+    assert [len(run["modes"]) for run in runs] == [7, 5]  # a mode with a budget of its own runs at the first
     for run in runs:
         bounds = run["bounds"]
         assert bounds.keys() == BOUNDS
@@ -65,6 +65,8 @@ def test_tables_json_and_plot(checkpoint, tmp_path):
         assert bounds["machine_s"] > 0
         assert bounds["reader_bytes_per_s"] < 0.05e9
         rows = {row["name"]: row for row in run["modes"]}
+        assert rows["oracle"]["recall"] in (1, None)  # none where predicting did not pay
+        assert rows["lru@arrival"]["bytes_per_token"]["demand"] > 0
         assert all(row.keys() == ROW for row in rows.values())
         assert rows["lru"]["ratio_to_lru"] == {"value": 1, "low": 1, "high": 1}
         for row in (rows["lru"], rows["repeat"]):
@@ -102,11 +104,12 @@ def test_mistakes(checkpoint, flags, parts):
 
 def test_modes_by_name():
     parse = lambda *names, trained=True: modes.parse(
-        names, ("none", "router", "default_vector"), ("lru", "lfu"), 2, trained
+        names, ("none", "router", "default_vector"), ("lru", "lfu"), ("stage", "arrival"), 2, trained
     )
     assert parse("router+lfu", "lfu") == [modes.Mode("router+lfu", "router", "lfu"), modes.Mode("lfu", "none", "lfu")]
+    assert parse("router+lfu@arrival")[0] == modes.Mode("router+lfu@arrival", "router", "lfu", upcast="arrival")
     assert parse("paper") == [modes.Mode("paper", "default_vector", "lru", horizon=1, experts=4)]
     assert parse("paper", trained=False)[0].predictor == "router"
-    for names in ((), ("lru", "lru"), ("none",), ("router+",), ("router+mru",), ("resident+lru",)):
+    for names in ((), ("lru", "lru"), ("none",), ("router+",), ("router+mru",), ("resident+lru",), ("lru@x",)):
         with pytest.raises(UserError):
             parse(*names)

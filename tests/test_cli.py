@@ -41,7 +41,7 @@ def script(tmp_path_factory) -> Path:
 def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
     if not any(argument.startswith("--config=") for argument in arguments):
         arguments = (f"--config={ROOT / 'configs' / 'mixtral.py'}", *arguments)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **cli._MALLOC}  # set already: no second start
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **cli.MALLOC}  # set already: no second start
     command = [sys.executable, script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
@@ -66,7 +66,7 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
         (["--config.batch_size"], ["config.batch_size"]),
         (["--config.batch_size=0"], ["config.batch_size must be at least 1"]),
         (["--config.prefetch.predictor=lerned"], ["none, random", "did you mean learned?"]),
-        (["--config.offload.tier=disk"], ["is not one of none, host"]),
+        (["--config.offload.tier=tape"], ["is not one of none, host, disk"]),
         (["--config=absent.py"], ["--config=absent.py: no such config file; see configs/"]),
         (["--config=configs"], ["--config=configs: no such config file"]),
         (["--config="], ["--config=: no such config file"]),

@@ -1,4 +1,5 @@
-"""Weights in FP8 with a scale for every block, as DeepSeek-V3 is released (arXiv 2412.19437, section 3.3).
+"""Weights in FP8 with a scale for every block, as DeepSeek-V3 (arXiv 2412.19437, section 3.3) and Qwen3's FP8 variants
+are released.
 
 A matrix `x.weight` of e4m3 numbers comes with `x.weight_scale_inv`: one scale per 128 rows and 128 columns, those at
 the edges for what is left. What they stand for, number times scale, is read rounded to bfloat16, as DeepSeek's own

@@ -27,11 +27,13 @@ from moe_jax.inference.engine import Engine, Record
 from moe_jax.inference.generate import Generation
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.session import Model
-from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.model.experts import ExpertWeights, Key, widened
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.open import open_source
 from moe_jax.offload.source import OffloadedExperts, check_budget, parse_budget
 from moe_jax.prediction import predictors
+from moe_jax.prediction.interface import Spec
+from moe_jax.prediction.oracle import Oracle, recorded
 
 
 @dataclasses.dataclass
@@ -74,10 +76,11 @@ class Lab:
         prefetch = dataclasses.replace(config.prefetch, predictor="none")
         self.model = Model(dataclasses.replace(config, offload=offload, prefetch=prefetch))
         self._engines: dict[Mode, Engine] = {}
-        self._example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.model.checkpoint.expert_spec)
         self._bank = HostBank(self.model.checkpoint) if config.offload.tier == "host" else None
+        self._expert_bytes: dict[str | None, int] = {}
         with contextlib.closing(self._open(Mode(BASELINE), "100%", None)) as source:
-            self.expert_bytes = source.store.expert_bytes
+            self.link_bytes = source.bank.link_bytes
+        self.expert_bytes = self.bytes_of(Mode(BASELINE))
 
     @property
     def architecture(self):
@@ -98,6 +101,13 @@ class Lab:
         check_budget(budget, a, self.expert_bytes)
         return budget
 
+    def bytes_of(self, mode: Mode) -> int:
+        """Of one expert in the mode's budget."""
+        if mode.upcast not in self._expert_bytes:
+            with contextlib.closing(self._open(mode, "100%", None)) as source:
+                self._expert_bytes[mode.upcast] = source.store.expert_bytes
+        return self._expert_bytes[mode.upcast]
+
     def rehearse(self, prompts: list[list[int]]) -> Request:
         """Runs a batch of prompts once, and keeps what it routed and generated."""
         generation = self._generation(self.model.engine, prompts)
@@ -113,7 +123,7 @@ class Lab:
         source = None if mode.resident else self._open(mode, f"{budget_bytes}B", request)
         engine.source = source or engine.source
         try:
-            generation = self._generation(engine, request.prompts)
+            generation = self._generation(engine, request.prompts, mode.upcast)
             gc.collect()
             for _ in generation:
                 pass
@@ -147,7 +157,7 @@ class Lab:
                 jax.block_until_ready(bank.copy(key))
                 return
             with link:
-                ends = time.perf_counter() + self.expert_bytes / (gbps * 1e9)
+                ends = time.perf_counter() + self.link_bytes / (gbps * 1e9)
                 jax.block_until_ready(bank.copy(key))
                 time.sleep(max(0.0, ends - time.perf_counter()))
 
@@ -162,8 +172,12 @@ class Lab:
         """Drops the model."""
         self.model.close()
 
-    def _generation(self, engine: Engine, prompts: list[list[int]]) -> Generation:
-        engine.compile([len(prompt) for prompt in prompts], self.new_tokens, self._example)
+    def _generation(self, engine: Engine, prompts: list[list[int]], upcast: str | None = None) -> Generation:
+        spec = self.model.checkpoint.expert_spec
+        if (upcast or self.config.offload.upcast) == "arrival":
+            spec = jax.eval_shape(lambda expert: widened(expert, engine.stages.dtype), spec)
+        example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
+        engine.compile([len(prompt) for prompt in prompts], self.new_tokens, example)
         texts = [""] * len(prompts)
         return Generation(
             engine, self.model.tokenizer, texts, prompts, self.new_tokens, Sampling(), batch_size=len(prompts)
@@ -173,18 +187,29 @@ class Lab:
         if mode not in self._engines:
             base = self.model.engine
             self._engines[mode] = Engine(
-                base.stages, base.dense, base.source, self._predictor(mode), base.prefill_chunk, base.max_seq_len
+                base.stages,
+                base.dense,
+                base.source,
+                self._predictor(mode, request),
+                base.prefill_chunk,
+                base.max_seq_len,
             )
+        elif mode.predictor == Oracle.name:
+            self._engines[mode].predictor_params = self._predictor(mode, request)[2]
         return self._engines[mode]
 
-    def _predictor(self, mode: Mode) -> Any:
+    def _predictor(self, mode: Mode, request: Request) -> Any:
         base, prefetch, a = self.model.engine, self.config.prefetch, self.architecture
         horizon = min(mode.horizon or prefetch.horizon, a.num_moe_layers)
+        if mode.predictor == Oracle.name:
+            spec = Spec.of(a, horizon)
+            return Oracle(), spec, Oracle.replay(spec, recorded(request.record.ids, a.num_moe_layers))
         return predictors.load(mode.predictor, horizon, self.model.predictor_directory(), a, base.dense)
 
     def _open(self, mode: Mode, budget: str, request: Request | None) -> OffloadedExperts:
         future = bounds.uses_in_order(request.record, self.architecture.num_moe_layers)[0] if request else []
         config = dataclasses.replace(self.config.offload, device_budget=budget, policy=mode.policy)
+        config = dataclasses.replace(config, upcast=mode.upcast or config.upcast)
         return open_source(config, self.model.checkpoint, jnp.dtype(self.config.dtype), None, self._bank, future)
 
     def _weights(self) -> Callable[[int, int], ExpertWeights]:

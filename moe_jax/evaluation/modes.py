@@ -4,6 +4,7 @@ resident             every expert on the device
 lru, lfu, ...        on demand, with this eviction policy; `lru` is the yardstick
 learned, router, ... prefetching with this predictor, evicting by LRU; `oracle` knows what will be needed
 learned+predicted    a predictor and another eviction policy
+lru@arrival          experts widened to the compute dtype when they arrive (`config.offload.upcast`), any mode
 no_cache             on demand, K experts of budget: nothing survives its layer
 paper                arXiv 2603.19289, exact: what one layer is predicted to need is loaded while the layer before it
                      computes, and nothing is kept across tokens
@@ -30,6 +31,7 @@ class Mode:
       policy: of eviction.
       horizon: layers ahead; None: as configured.
       experts: budget in experts; None: whatever the table is for.
+      upcast: of `config.offload.upcast`; None: as configured.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Mode:
     policy: str = "lru"
     horizon: int | None = None
     experts: int | None = None
+    upcast: str | None = None
 
     @property
     def resident(self) -> bool:
@@ -44,12 +47,17 @@ class Mode:
 
 
 def parse(
-    names: Sequence[str], predictors: Collection[str], policies: Collection[str], top_k: int, trained: bool
+    names: Sequence[str],
+    predictors: Collection[str],
+    policies: Collection[str],
+    upcasts: Collection[str],
+    top_k: int,
+    trained: bool,
 ) -> list[Mode]:
     """Modes by name, each once, in the order given.
 
     Args:
-      predictors, policies: names that the configuration accepts.
+      predictors, policies, upcasts: names that the configuration accepts.
       top_k: experts that a token needs of a layer.
       trained: whether there is a trained predictor, whose default vectors the paper's method uses.
 
@@ -63,20 +71,26 @@ def parse(
     speculating = [name for name in predictors if name != "none"]
     modes = []
     for name in names:
-        first, plus, second = name.partition("+")
-        if name in (RESIDENT, NO_CACHE):
-            modes.append(Mode(name, experts=top_k if name == NO_CACHE else None))
-        elif name == PAPER:
+        what, at, upcast = name.partition("@")
+        first, plus, second = what.partition("+")
+        add = lambda name=name, upcast=upcast, **fields: modes.append(Mode(name, upcast=upcast or None, **fields))
+        known_upcast = not at or upcast in upcasts
+        if what == RESIDENT and not at:
+            add()
+        elif what == NO_CACHE and known_upcast:
+            add(experts=top_k)
+        elif what == PAPER and known_upcast:
             vectors = trained and "default_vector" in predictors
             # This layer's experts and the next one's: too few for any to survive a token.
-            modes.append(Mode(name, "default_vector" if vectors else "router", horizon=1, experts=2 * top_k))
-        elif name in policies:
-            modes.append(Mode(name, policy=name))
-        elif first in speculating and (not plus or second in policies):
-            modes.append(Mode(name, first, second or "lru"))
+            add(predictor="default_vector" if vectors else "router", horizon=1, experts=2 * top_k)
+        elif what in policies and known_upcast:
+            add(policy=what)
+        elif first in speculating and (not plus or second in policies) and known_upcast:
+            add(predictor=first, policy=second or "lru")
         else:
             known = [RESIDENT, NO_CACHE, PAPER, *policies, *speculating]
             raise UserError(
-                f"unknown mode {name!r}{suggestion(name, known)}; modes are {', '.join(known)}, and PREDICTOR+POLICY"
+                f"unknown mode {name!r}{suggestion(name, known)}; modes are {', '.join(known)},"
+                f" PREDICTOR+POLICY, and any of them with @{' or @'.join(upcasts)}"
             )
     return modes

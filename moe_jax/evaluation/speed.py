@@ -73,7 +73,7 @@ def compare(
 
 
 def _budget(lab: Lab, mode: Mode, budget_bytes: int) -> int:
-    return mode.experts * lab.expert_bytes if mode.experts else budget_bytes
+    return mode.experts * lab.bytes_of(mode) if mode.experts else budget_bytes
 
 
 def _limits(lab: Lab, request: Request, move: Callable[[Key], None], misses: list[Key], depth: int) -> Limits:
@@ -113,7 +113,7 @@ def table(
     )
     overlap = lambda times: lambda t: bounds.overlap_share(compute[t].mean(), transfer[t].mean(), times[t].mean())
     every = np.arange(turns)
-    rate = sum(lru) * lab.expert_bytes / float(transfer @ steps) if sum(lru) else None
+    rate = sum(lru) * lab.link_bytes / float(transfer @ steps) if sum(lru) else None
     shared = {
         "compute_s": float(compute.mean()),
         "transfer_s": float(transfer.mean()),
@@ -133,7 +133,7 @@ def table(
         row = _row(lab, mode, runs, used, budget_bytes)
         times = np.array([run.mean_s for run in runs])
         row["ratio_to_lru"] = paired.ratio(times, [run.mean_s for run in baseline]) if baseline else None
-        moves = runs[0].summary is not None
+        moves = runs[0].summary is not None and not mode.upcast  # C is that of the configured upcast
         row["overlap_share"] = overlap(times)(every) if moves else None
         row["overlap_of_machine"] = None
         if row["overlap_share"] is not None and (shared["machine_overlap_share"] or 0) > 0:
@@ -186,7 +186,7 @@ def _row(lab: Lab, mode: Mode, runs: Sequence[Measured], used: Sequence[Request]
     if found:
         budget = _budget(lab, mode, budget_bytes)
         optimum = sum(
-            bounds.belady_loads(r.record, lab.architecture.num_moe_layers, budget // lab.expert_bytes) for r in used
+            bounds.belady_loads(r.record, lab.architecture.num_moe_layers, budget // lab.bytes_of(mode)) for r in used
         )
         loads = sum(run.loads or 0 for run in runs)
         row["device_budget_bytes"] = budget

@@ -59,7 +59,8 @@ def run_windows(engine: Engine, log: ActivationLog, rows: Sequence[int] | np.nda
     joined = [np.stack([np.concatenate(chunks, axis=1)[:, :T] for chunks in store], axis=1) for store in seen]
     joined = [np.pad(x, ((0, 0), (0, 0), (0, T - x.shape[2]), (0, 0)))[: len(rows)] for x in joined]
     summed = np.stack([np.sum([np.asarray(x, np.float64) for x in chunks], axis=0) for chunks in sums])
-    return Activations._make([*joined, lengths[: len(rows)]]), Outputs(summed, counts)
+    embedding = half(np.asarray(engine.dense["embedding"][log.windows.tokens[rows]], np.float32))
+    return Activations._make([embedding, *joined, lengths[: len(rows)]]), Outputs(summed, counts)
 
 
 @functools.partial(jax.jit, static_argnums=0)

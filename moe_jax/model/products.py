@@ -37,7 +37,9 @@ def _on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
     if weight.dtype == jnp.float32:  # two rows at once take longer than one after the other
         return jnp.concatenate([jax.lax.optimization_barrier(_plain(row, weight)) for row in (x[:1], x[1:])])
     if rows == 1:
-        # Sums of products go to YNNPACK, which widens in registers.
+        # Sums of products go to YNNPACK, which widens in registers. Behind a barrier with the weight, x is nothing
+        # that products share: what they share is first repeated in memory, once for every output.
+        x, weight = jax.lax.optimization_barrier((x, weight))
         return jnp.sum(weight.astype(jnp.float32) * x.astype(jnp.float32), axis=1)[None].astype(x.dtype)
     if x.dtype == jnp.float32 and rows > _MOST_ROWS_IN_TERMS:
         return _plain(x, jax.lax.optimization_barrier(weight.astype(x.dtype)))

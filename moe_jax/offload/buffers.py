@@ -33,7 +33,8 @@ class Buffers:
             memory = self._free.pop() if self._free else None
             self.count += memory is None
         if memory is None:
-            memory = mmap.mmap(-1, self._nbytes)
+            # Private, so that it counts as what it is: anonymous memory of this process.
+            memory = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         owner = (ctypes.c_uint8 * self._nbytes).from_buffer(memory)
         weakref.finalize(owner, self._take_back, memory).atexit = False
         return np.frombuffer(owner, np.uint8)  # pyright: ignore[reportArgumentType, reportCallIssue]

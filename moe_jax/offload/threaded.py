@@ -29,17 +29,18 @@ class _Flight:
         """Whether there is a slice to hand out."""
         return self.next < self.transfer.slices and self.error is None
 
-    def hand_out(self) -> tuple[_Flight, int]:
-        """The next slice, for a thread to move."""
-        self.next += 1
-        self.moving += 1
-        return self, self.next - 1
+    def hand_out(self, sharers: int) -> tuple[_Flight, range]:
+        """The next slices for a thread to move: its share of what is left."""
+        count = -(-(self.transfer.slices - self.next) // sharers)
+        self.next += count
+        self.moving += count
+        return self, range(self.next - count, self.next)
 
 
 class ThreadLoader(Loader):
     """Threads that move slice after slice and block on each, with the GIL released.
 
-    Demanded experts come first, in the order of demand, each shared by all threads. When no slice of a demanded expert
+    Demanded experts come first, in the order of demand, each shared by all threads. When nothing of a demanded expert
     is queued or moving, one thread moves one speculative slice at a time. One speculative load is unfinished at most:
     it goes on as long as it is likely enough, waits while demands pass, and is given up for a better one.
     """
@@ -87,7 +88,8 @@ class ThreadLoader(Loader):
         return super()._classify(key)
 
     def _kick(self) -> None:
-        self._work.notify_all()
+        # Waking a thread for nothing costs the decode thread its turn: what one finds to do it goes on with by itself.
+        (self._work.notify_all if self._demand else self._work.notify)()
 
     def _obtain(self) -> None:
         self._work.notify_all()
@@ -110,17 +112,17 @@ class ThreadLoader(Loader):
                 self._crash = error
                 self._arrived.notify_all()
 
-    def _next_job(self) -> tuple[_Flight, int] | list[jax.Array] | None:
+    def _next_job(self) -> tuple[_Flight, range] | list[jax.Array] | None:
         """Sleeps until there is a slice to move, computations to wait for before one can be, or the end (None)."""
         with self._lock:
             while not self._closed:
                 self._starved = False
                 if (flight := self._urgent()) is not None:
-                    return flight.hand_out()
+                    return flight.hand_out(len(self._threads))
                 key = self._next_demand()
                 if key is None:
                     if (flight := self._speculative()) is not None:
-                        return flight.hand_out()
+                        return flight.hand_out(flight.transfer.slices)
                 elif (uses := self._make_way(key)) is not None:
                     if uses:
                         return uses
@@ -139,6 +141,7 @@ class ThreadLoader(Loader):
         self.store.settle()
         if self.store.has_room(key):
             self._take_off(key, "demand")
+            self._work.notify_all()  # to share it
             return []
         if self.store.draining and not self.store.layer_full(key[0]):
             return self.store.draining[0].uses
@@ -193,23 +196,24 @@ class ThreadLoader(Loader):
         if self._guess is flight:
             self._guess = None
 
-    def _move(self, flight: _Flight, index: int) -> None:
-        """Moves a slice; the thread that ends the last one lands the flight."""
-        began, error = time.perf_counter(), None
+    def _move(self, flight: _Flight, slices: range) -> None:
+        """Moves slices; the thread that ends the last one lands the flight."""
+        began, moved, error = time.perf_counter(), 0, None
         try:
-            flight.transfer.move(index)
-            self._throttle(began, flight.transfer.slices)
+            for index in slices:
+                started = time.perf_counter()
+                flight.transfer.move(index)
+                self._throttle(started, flight.transfer.slices)
+                moved += 1
         except Exception as failure:
             error = failure
         with self._lock:
             flight.busy_s += time.perf_counter() - began
-            flight.moving -= 1
+            flight.moving -= len(slices)
+            flight.moved += moved
+            flight.load.bytes += sum(map(flight.transfer.size, slices[:moved]))
             flight.error = flight.error or error
-            if error is None:
-                flight.moved += 1
-                flight.load.bytes += flight.transfer.size(index)
             if flight.moving or (flight.moved < flight.transfer.slices and flight.error is None):
-                self._work.notify_all()
                 return
             flight.landing = True
         self._land(flight)
@@ -232,7 +236,6 @@ class ThreadLoader(Loader):
                 assert weights is not None
                 self._arrive(flight.key, weights, flight.busy_s / self._sharers(flight))
             self._arrived.notify_all()
-            self._work.notify_all()
 
     def _sharers(self, flight: _Flight) -> int:
         """Threads that shared a load: all of them, where it was demanded and has slices enough."""

@@ -2,9 +2,10 @@
 
     DIR/manifest.json   schema, model fingerprint, spec, digest of the planned windows, sizes
     DIR/windows.npz     the plan: tokens, lengths, documents
-    DIR/shard_00000/    residual.npy float16 [n, L, T, D], logits.npy float16 [n, L, T, E], ids.npy uint16 [n, L, T, K],
-                        gates.npy float16 [n, L, T, K], and outputs.npz: of the real tokens routed to each expert the
-                        sum of its outputs `sums` float32 [L, E, D] and their number `counts` int64 [L, E]
+    DIR/shard_00000/    embedding.npy float16 [n, T, D], residual.npy float16 [n, L, T, D], logits.npy float16
+                        [n, L, T, E], ids.npy uint16 [n, L, T, K], gates.npy float16 [n, L, T, K], and outputs.npz: of
+                        the real tokens routed to each expert the sum of its outputs `sums` float32 [L, E, D] and their
+                        number `counts` int64 [L, E]
 
 A shard is written beside its place and renamed when it is complete, so a shard that exists is done.
 """
@@ -32,6 +33,7 @@ SHARD_WINDOWS = 64
 class Activations(NamedTuple):
     """Logged arrays of some windows, numpy or traced."""
 
+    embedding: Any  # float16 [W, T, D]: what enters layer 0
     residual: Any  # float16 [W, L, T, D]
     logits: Any  # float16 [W, L, T, E]
     ids: Any  # uint16 [W, L, T, K]: the router's own choice, which rounded logits might not give
@@ -40,7 +42,7 @@ class Activations(NamedTuple):
 
 
 _NAMES = Activations._fields[:-1]
-_DTYPES = dict(zip(_NAMES, (np.float16, np.float16, np.uint16, np.float16), strict=True))
+_DTYPES = dict(zip(_NAMES, (np.float16, np.float16, np.float16, np.uint16, np.float16), strict=True))
 
 
 class Outputs(NamedTuple):
@@ -118,8 +120,9 @@ class ActivationLog:
         partial.mkdir()
         for name in _NAMES:
             array = getattr(activations, name)
-            if array.shape[:3] != expected:
-                raise ValueError(f"{name} is {array.shape[:3]}, the log wants {expected}")
+            shape = array.shape[:-1] if array.ndim == 4 else (array.shape[0], self.shapes[0], array.shape[1])
+            if shape != expected:
+                raise ValueError(f"{name} is {array.shape}, the log wants {expected}")
             np.save(partial / f"{name}.npy", half(array) if _DTYPES[name] == np.float16 else array.astype(np.uint16))
         np.savez(partial / "outputs.npz", sums=outputs.sums.astype(np.float32), counts=outputs.counts.astype(np.int64))
         os.rename(partial, self._path(shard))

@@ -25,10 +25,10 @@ def least_squares(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The direct part solved for: linear regression on the target layers' centred router logits.
 
-    Every layer and horizon is a system of its own, of D + 2 E + 1 unknowns per expert.
+    Every place and horizon is a system of its own, of D + 2 E + 1 unknowns per expert.
 
     Returns:
-      The network in whitened coordinates, and the basis: `white` [L, D, D] and `mean` [L, D] of x, for which
+      The network in whitened coordinates, and the basis: `white` [P, D, D] and `mean` [P, D] of x, for which
       (x - mean) @ white has unit covariance.
     """
     D, E, H = spec.d_model, spec.num_experts, spec.horizon
@@ -39,36 +39,37 @@ def least_squares(
         part = _moments(spec, padded(log, rows[start:], batch))
         products, right = products + np.asarray(part[0], np.float64), right + np.asarray(part[1], np.float64)
     solved = {name: np.array(network[name]) for name in ("residual", "gates", "previous", "bias")}
-    for layer in range(spec.num_layers):
+    for place in range(spec.num_layers + 1):
         for h in range(H):
             own = slice(h * E, (h + 1) * E)
             used = np.r_[: D + E, D + E + h * E : D + E + (h + 1) * E, D + E + H * E]
-            square = products[layer][np.ix_(used, used)]
+            square = products[place][np.ix_(used, used)]
             square += np.eye(len(used)) * max(ridge * np.trace(square) / len(used), 1e-6)
-            solution = np.linalg.solve(square, right[layer][used, own])
-            solved["residual"][layer][:, own] = solution[:D]
-            solved["gates"][layer][:, own] = solution[D : D + E]
-            solved["previous"][layer][h] = solution[D + E : D + 2 * E]
-            solved["bias"][layer][own] = solution[-1]
+            solution = np.linalg.solve(square, right[place][used, own])
+            solved["residual"][place][:, own] = solution[:D]
+            solved["gates"][place][:, own] = solution[D : D + E]
+            solved["previous"][place][h] = solution[D + E : D + 2 * E]
+            solved["bias"][place][own] = solution[-1]
     whites, means = [], []
-    for layer in range(spec.num_layers):
-        count = max(products[layer][-1, -1], 1.0)
-        mean = products[layer][:D, -1] / count
-        values, vectors = np.linalg.eigh(products[layer][:D, :D] / count - np.outer(mean, mean))
+    for place in range(spec.num_layers + 1):
+        count = max(products[place][-1, -1], 1.0)
+        mean = products[place][:D, -1] / count
+        values, vectors = np.linalg.eigh(products[place][:D, :D] / count - np.outer(mean, mean))
         values = np.maximum(values, 1e-4 * values.mean() + 1e-12)  # directions that never vary stay as they are
         whites.append((vectors / np.sqrt(values)) @ vectors.T)
         means.append(mean)
-        residual = solved["residual"][layer]
-        solved["bias"][layer] += mean @ residual
-        solved["residual"][layer] = (vectors * np.sqrt(values)) @ vectors.T @ residual
+        residual = solved["residual"][place]
+        solved["bias"][place] += mean @ residual
+        solved["residual"][place] = (vectors * np.sqrt(values)) @ vectors.T @ residual
     basis = {"white": np.stack(whites).astype(np.float32), "mean": np.stack(means).astype(np.float32)}
     return network | {name: jnp.asarray(value, jnp.float32) for name, value in solved.items()}, basis
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _moments(spec: Spec, a: Activations) -> tuple[jax.Array, jax.Array]:
-    """Products of inputs [L, F, F] and of inputs with wanted logits [L, F, H E], summed over tokens."""
-    x, gates, previous = window_inputs(spec.norm_eps, a, spec.horizon)
+    """Products of inputs [P, F, F] and of inputs with wanted logits [P, F, H E], summed over tokens."""
+    rows = lambda z: z.reshape(len(z), -1, *z.shape[3:])
+    x, gates, previous = map(rows, window_inputs(spec.norm_eps, a, spec.horizon))
     inputs = jnp.concatenate([x, gates, previous.reshape(*x.shape[:2], -1), jnp.ones_like(x[..., :1])], axis=-1)
     logits = a.logits.astype(jnp.float32)
     wanted, known = window_targets(logits - logits.mean(-1, keepdims=True), a.lengths, spec.horizon)
@@ -80,10 +81,13 @@ def _moments(spec: Spec, a: Activations) -> tuple[jax.Array, jax.Array]:
 def unwhiten(network: dict[str, jax.Array], basis: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The same network for inputs as they are: the tables that read x, times the whitening matrix."""
     D, mean = basis["mean"].shape[1], basis["mean"][:, None]
-    residual = basis["white"] @ network["residual"]
+    residual, echo = basis["white"] @ network["residual"], basis["white"] @ network["echo"]
     hidden_in = jnp.concatenate([basis["white"] @ network["hidden_in"][:, :D], network["hidden_in"][:, D:]], axis=1)
     return network | {
         "residual": residual,
+        "echo": echo,
+        # Zero for the mean, so that an echo that is unknown says nothing.
+        "echo_bias": network["echo_bias"] - (mean @ echo)[:, 0],
         "hidden_in": hidden_in,
         "bias": network["bias"] - (mean @ residual)[:, 0],
         "hidden_bias": network["hidden_bias"] - (mean @ hidden_in[:, :D])[:, 0],

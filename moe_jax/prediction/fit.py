@@ -29,6 +29,7 @@ from moe_jax.prediction.closed_form import calibrate, least_squares, padded, unw
 from moe_jax.prediction.interface import ModelParts, Spec
 from moe_jax.prediction.learned import Learned, window_inputs, window_targets
 
+DIRECT = ("residual", "gates", "previous", "echo")  # tables that need no hidden layer
 Schedule = tuple[int, float, float]
 """Steps, and the peak learning rates of the hidden layer and of the direct part."""
 
@@ -75,7 +76,7 @@ def fit(
     spec: Spec,
     parts: ModelParts,
     log: ActivationLog,
-    validation: np.ndarray,
+    validation: ActivationLog,
     directory: str | Path,
     progress: Callable[[int, Mapping[str, float]], None] = lambda step, values: None,
 ) -> tuple[Any, dict[str, float]]:
@@ -83,7 +84,7 @@ def fit(
 
     Args:
       log: complete.
-      validation: bool [W], windows that choose and are not trained on.
+      validation: of other text, which chooses and is not trained on.
       directory: for checkpoints; those of another configuration are refused.
       progress: told the loss at every step, and recall and loss on validation at every look.
 
@@ -93,18 +94,18 @@ def fit(
     Raises:
       UserError: the directory belongs to another run.
     """
-    train, held_out = np.flatnonzero(~validation), np.flatnonzero(validation)
-    if not len(train):
-        raise UserError("there is too little text to train on: give more --text, or lower --config.validation_share")
+    train, held_out = np.arange(len(log.windows.tokens)), np.arange(len(validation.windows.tokens))
     network = Learned(c.hidden).init(jax.random.key(c.seed), spec, parts)["network"]
     state = _start(c, spec, network)
     directory = Path(directory).absolute()
-    _claim(directory, {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec), **log.identity()})
+    run: dict[str, Any] = {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec)}
+    run |= {"train": log.identity(), "validation": validation.identity()}
+    _claim(directory, run)
 
     def look(state, step):
         sums = np.zeros(3)
         for start in range(0, len(held_out), c.batch_windows):
-            sums += np.asarray(_sums(spec, state, padded(log, held_out[start:], c.batch_windows)), np.float64)
+            sums += np.asarray(_sums(spec, state, padded(validation, held_out[start:], c.batch_windows)), np.float64)
         recall, loss = sums[1] / max(sums[0], 1), sums[2] / max(sums[0], 1)
         progress(step, {"validation_recall": recall, "validation_loss": loss})
         if recall <= float(state["best"]["recall"]):
@@ -141,11 +142,11 @@ def fit(
 
 def _start(c: FitConfig, spec: Spec, network: dict[str, Any]) -> dict[str, Any]:
     """Everything that a run carries from step to step, and checkpoints; `network` is in the whitened basis."""
-    D, L = spec.d_model, spec.num_layers
+    D, P = spec.d_model, spec.num_layers + 1
     return {
         "step": np.array(0, np.int32),
         "network": network,
-        "basis": {"white": np.zeros((L, D, D), np.float32), "mean": np.zeros((L, D), np.float32)},
+        "basis": {"white": np.zeros((P, D, D), np.float32), "mean": np.zeros((P, D), np.float32)},
         "optimizer": _optimizer(c.schedule()).init(network),
         "best": _best(-1.0, 0.0, 0, network),
     }
@@ -190,7 +191,7 @@ def _optimizer(schedule: Schedule) -> optax.GradientTransformation:
         return optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1)), b2=0.98)
 
     kinds: Any = {"hidden": adam(hidden_rate), "direct": adam(direct_rate)}
-    label = lambda network: {n: "direct" if n in ("residual", "gates", "previous") else "hidden" for n in network}
+    label = lambda network: {n: "direct" if n in DIRECT else "hidden" for n in network}
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(kinds, label))
 
 

@@ -1,9 +1,13 @@
-"""The learned predictor: a small network per layer, whose tables all layers share one executable for.
+"""The learned predictor: a small network per place, whose tables all places share one executable for.
 
-A layer's network reads the normalised residual, the current gates and the experts that the last token used in the
-target layers. Its direct part is one matrix per horizon, which starts as the router look-ahead of the target layer and
-is then solved for (`fit.least_squares`); a small hidden layer corrects it. A table per layer costs no more compute than
-a shared trunk of the same width, and little memory while the network is small.
+Place 0 is the token's embedding, before layer 0; place l + 1 is layer l, after its router. A place's network reads the
+normalised residual (or embedding), the current gates, the experts that the last token used in the target layers, and
+the *echo* of the target layers: what each of them, when the last token passed it, left for the next one to add to its
+scores. Attention makes much of the last token, so that this is worth more than anything else but the residual.
+
+The direct part is one matrix per horizon, which starts as the router look-ahead of the target layer and is then solved
+for (`fit.least_squares`); a small hidden layer corrects it. A table per place costs no more compute than a shared trunk
+of the same width, and little memory while the network is small.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction
 
 
 class Network(nnx.Module):
-    """The network of one layer. Weights are `[in, out]`; the last axis of an output is (horizon, expert), flattened."""
+    """The network of one place. Weights are `[in, out]`; the last axis of an output is (horizon, expert), flattened."""
 
     def __init__(self, spec: Spec, hidden: int, *, rngs: nnx.Rngs):
         D, E, H = spec.d_model, spec.num_experts, spec.horizon
@@ -30,6 +34,8 @@ class Network(nnx.Module):
         self.residual = nnx.Param(jnp.zeros((D, H * E)))
         self.gates = nnx.Param(jnp.zeros((E, H * E)))
         self.previous = nnx.Param(jnp.zeros((H, E, E)))  # a target layer's last experts speak for that layer only
+        self.echo = nnx.Param(jnp.zeros((D, H * E)))  # of this layer, for the next token's predictions of it
+        self.echo_bias = nnx.Param(jnp.zeros((H * E,)))
         self.bias = nnx.Param(jnp.zeros((H * E,)))
         self.hidden_in = nnx.Param(jax.random.normal(rngs.params(), (fan_in, hidden)) / math.sqrt(D))
         self.hidden_bias = nnx.Param(jnp.zeros((hidden,)))
@@ -37,13 +43,19 @@ class Network(nnx.Module):
         self.scale = nnx.Param(jnp.ones((H, 1)))
         self.shift = nnx.Param(jnp.zeros((H, 1)))
 
-    def __call__(self, x: jax.Array, gates: jax.Array, previous: jax.Array, top_k: int) -> jax.Array:
+    def leave(self, x: jax.Array) -> jax.Array:
+        """The echo of this layer, [..., H, E] of x [..., D]: horizon h is for a prediction made h layers before it."""
+        left = x @ self.echo[...] + self.echo_bias[...]
+        return left.reshape(*x.shape[:-1], self.scale.shape[0], -1)
+
+    def __call__(self, x: jax.Array, gates: jax.Array, previous: jax.Array, echo: jax.Array, top_k: int) -> jax.Array:
         """Logits of membership in the true top K.
 
         Args:
           x: normalised residual, float32 [R, D].
           gates: of the chosen experts, 0 elsewhere, [R, E].
           previous: multi-hot experts of the last token in the target layers, [R, H, E].
+          echo: what the target layers left, [R, H, E].
 
         Returns:
           Float32 [R, H, E].
@@ -52,7 +64,7 @@ class Network(nnx.Module):
         hidden = jnp.concatenate([x, gates, flat], axis=-1) @ self.hidden_in[...] + self.hidden_bias[...]
         out = x @ self.residual[...] + gates @ self.gates[...] + jax.nn.gelu(hidden) @ self.hidden_out[...]
         out = (out + self.bias[...]).reshape(rows, *previous.shape[1:])
-        out = out + jnp.einsum("rhe,hef->rhf", previous, self.previous[...])
+        out = out + jnp.einsum("rhe,hef->rhf", previous, self.previous[...]) + echo
         # Membership depends on how far a logit lies above or below the boundary between the K-th and the next one.
         return (out - jax.lax.stop_gradient(boundary(out, top_k))) * self.scale[...] + self.shift[...]
 
@@ -78,49 +90,74 @@ def _graph() -> Any:
 
 
 class Learned:
-    """The predictor around the network. State: the experts that the last token used in each layer, int32 [B, L, K]."""
+    """The predictor around the network. State: of every layer, the experts that the last token used, int32 [B, L, K],
+    and what it left, float32 [B, L, H, E] (zero while unknown: after a prompt)."""
 
     name = "learned"
-    begin = None
 
     def __init__(self, hidden: int = 24):
         self.hidden = hidden
         self._graph = _graph()
 
     def init(self, rng: jax.Array, spec: Spec, parts: ModelParts) -> Any:
-        """Untrained parameters, which give the router look-ahead. `network` holds tables stacked over layers."""
+        """Untrained parameters, which give the router look-ahead. `network` holds tables stacked over L + 1 places."""
         make = lambda key: nnx.to_pure_dict(nnx.split(Network(spec, self.hidden, rngs=nnx.Rngs(params=key)))[1])
-        network = jax.vmap(make)(jax.random.split(rng, spec.num_layers))
-        ahead = (np.arange(spec.num_layers)[:, None] + np.arange(1, spec.horizon + 1)) % spec.num_layers
-        routers = (parts.routers * parts.expert_norms[:, None])[ahead]  # [L, H, E, D]
-        network["residual"] = jnp.asarray(routers.reshape(spec.num_layers, -1, spec.d_model).swapaxes(1, 2))
+        network = jax.vmap(make)(jax.random.split(rng, spec.num_layers + 1))
+        ahead = (np.arange(spec.num_layers + 1)[:, None] + np.arange(spec.horizon)) % spec.num_layers
+        routers = (parts.routers * parts.expert_norms[:, None])[ahead]  # [L + 1, H, E, D]
+        network["residual"] = jnp.asarray(routers.reshape(spec.num_layers + 1, -1, spec.d_model).swapaxes(1, 2))
         return {"network": network, "eps": jnp.float32(spec.norm_eps)}
 
     def init_state(self, spec: Spec, batch: int) -> Any:
-        return {"last": jnp.full((batch, spec.num_layers, spec.top_k), -1, jnp.int32)}
+        return self.prime(spec, np.full((spec.num_layers, batch, 1, spec.top_k), -1))
 
     def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
-        return {"last": jnp.asarray(last_ids(ids))}
+        echo = jnp.zeros((ids.shape[1], spec.num_layers, spec.horizon, spec.num_experts))
+        return {"last": jnp.asarray(last_ids(ids)), "echo": echo}
 
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
-        tables = jax.tree.map(lambda table: table[features.layer], params["network"])
-        H, E = tables["previous"].shape[:2]
-        last = state["last"].at[:, features.layer].set(features.ids)
-        ahead = targets(jnp.arange(1, H + 1, dtype=jnp.int32), features.layer, last.shape[1])
-        gates = (jax.nn.one_hot(features.ids, E) * features.gates[..., None]).sum(-2)
+        network = self._network(params, features.layer + 1)
         x = normalise(features.residual, params["eps"])
-        logits = nnx.merge(self._graph, tables)(x, gates, multi_hot(last[:, ahead], E), features.ids.shape[1])
+        state = {
+            "last": state["last"].at[:, features.layer].set(features.ids),
+            "echo": state["echo"].at[:, features.layer].set(network.leave(x)),
+        }
+        gates = (jax.nn.one_hot(features.ids, state["echo"].shape[-1]) * features.gates[..., None]).sum(-2)
+        return self._predict(network, state, features.layer, x, gates), state
+
+    def begin(self, params: Any, state: Any, embedding: jax.Array) -> tuple[Prediction, Any]:
+        x = normalise(embedding, params["eps"])
+        gates = jnp.zeros((x.shape[0], state["echo"].shape[-1]))
+        return self._predict(self._network(params, 0), state, -1, x, gates), state
+
+    def _network(self, params: Any, place: Any) -> Network:
+        return nnx.merge(self._graph, jax.tree.map(lambda table: table[place], params["network"]))
+
+    def _predict(self, network: Network, state: Any, layer: Any, x: jax.Array, gates: jax.Array) -> Prediction:
+        (_, L, K), (H, E) = state["last"].shape, state["echo"].shape[2:]
+        ahead = targets(jnp.arange(1, H + 1, dtype=jnp.int32), layer, L)
+        echo = state["echo"][:, ahead, jnp.arange(H)]
+        logits = network(x, gates, multi_hot(state["last"][:, ahead], E), echo, K)
         # What tells members from the rest has about the scale of the router's own logits.
-        return Prediction(jax.nn.sigmoid(logits), logits), {"last": last}
+        return Prediction(jax.nn.sigmoid(logits), logits)
 
     @staticmethod
     def multiply_adds(params: Any) -> int:
-        """Multiply-adds of one layer's call for one token."""
+        """Multiply-adds of one place's call for one token."""
         return sum(table[0].size for name, table in params["network"].items() if table.ndim > 2)
 
     def score_windows(self, network: Any, inputs: tuple[jax.Array, jax.Array, jax.Array], top_k: int) -> jax.Array:
-        """Logits for whole windows, [L, R, H, E], as `apply` gives them; `inputs` are those of `window_inputs`."""
-        return jax.vmap(lambda tables, *xs: nnx.merge(self._graph, tables)(*xs, top_k))(network, *inputs)
+        """Logits for whole windows, [P, W * T, H, E], as `apply` and `begin` give them; inputs as `window_inputs`'."""
+        x, gates, previous = inputs
+        P, W, T = x.shape[:3]
+        merge = lambda tables: nnx.merge(self._graph, tables)
+        left = jax.vmap(lambda tables, x: merge(tables).leave(x))(network, x)[1:]  # [L, W, T, H, E]
+        before = jnp.pad(left, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))[:, :, :-1]
+        both = jnp.concatenate([before, left])
+        echo = jnp.stack([both[h : h + P, :, :, h] for h in range(left.shape[3])], axis=3)
+        rows = lambda z: z.reshape(P, W * T, *z.shape[3:])
+        call = lambda tables, *xs: merge(tables)(*xs, top_k)
+        return jax.vmap(call)(network, rows(x), rows(gates), rows(previous), rows(echo))
 
 
 def normalise(residual: Array, eps: Any) -> jax.Array:
@@ -130,35 +167,35 @@ def normalise(residual: Array, eps: Any) -> jax.Array:
 
 
 def window_inputs(eps: Any, a: Activations, horizon: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The network's inputs for windows of a log: x [L, R, D], gates [L, R, E], previous [L, R, H, E].
-
-    R = W * T; `previous` of a window's first token is zero.
-    """
-    L, E = a.logits.shape[1], a.logits.shape[-1]
-    rows = lambda x: jnp.swapaxes(x, 0, 1).reshape(L, -1, *x.shape[3:])
-    one_hot = jax.nn.one_hot(a.ids.astype(jnp.int32), E)
-    gates = (one_hot * a.gates.astype(jnp.float32)[..., None]).sum(-2)
-    used = one_hot.sum(-2)
+    """The network's inputs for windows of a log, by place P = L + 1: x [P, W, T, D], gates [P, W, T, E] and previous
+    [P, W, T, H, E], which is zero for a window's first token."""
+    E = a.logits.shape[-1]
+    by_layer = lambda x: jnp.swapaxes(x, 0, 1)
+    one_hot = jax.nn.one_hot(by_layer(a.ids).astype(jnp.int32), E)
+    gates = (one_hot * by_layer(a.gates).astype(jnp.float32)[..., None]).sum(-2)
+    used = one_hot.sum(-2)  # [L, W, T, E]
     before = jnp.pad(used, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
+    x = jnp.concatenate([a.embedding[None], by_layer(a.residual)])
     # A wrapped target belongs to the next token: its last token is this one.
-    previous = ahead(before, used, horizon)
-    return rows(normalise(a.residual, eps)), rows(gates), rows(previous)
+    return normalise(x, eps), jnp.pad(gates, ((1, 0), (0, 0), (0, 0), (0, 0))), ahead(before, used, horizon)
 
 
 def window_targets(values: jax.Array, lengths: jax.Array, horizon: int) -> tuple[jax.Array, jax.Array]:
-    """What is to be predicted of per-layer `values` [W, L, T, E]: [L, R, H, E], and whether it is in the window.
+    """What is to be predicted of per-layer `values` [W, L, T, E]: [P, W * T, H, E], and whether it is in the window.
 
-    The second is bool [L, R, H]: false after a window's end, and where the next token would be needed and is not there.
+    The second is bool [P, W * T, H]: false after a window's end, and where the next token would be needed and is not
+    there.
     """
     W, L, T, E = values.shape
-    following = jnp.pad(values, ((0, 0), (0, 0), (0, 1), (0, 0)))[:, :, 1:]
-    wraps = (jnp.arange(L)[:, None] + jnp.arange(1, horizon + 1)) >= L  # [L, H]
-    known = (jnp.arange(T)[None, :, None] + wraps[:, None, None, :]) < lengths[:, None, None]  # [L, W, T, H]
-    wanted = jnp.swapaxes(ahead(values, following, horizon), 0, 1)
-    return wanted.reshape(L, W * T, horizon, E), known.reshape(L, W * T, horizon)
+    this = jnp.swapaxes(values, 0, 1)
+    following = jnp.pad(this, ((0, 0), (0, 0), (0, 1), (0, 0)))[:, :, 1:]
+    wraps = (jnp.arange(L + 1)[:, None] + jnp.arange(horizon)) >= L  # [P, H]
+    known = (jnp.arange(T)[None, :, None] + wraps[:, None, None, :]) < lengths[:, None, None]  # [P, W, T, H]
+    wanted = ahead(this, following, horizon)
+    return wanted.reshape(L + 1, W * T, horizon, E), known.reshape(L + 1, W * T, horizon)
 
 
 def ahead(this: jax.Array, following: jax.Array, horizon: int) -> jax.Array:
-    """[W, L, T, E] of this token and of the next pass over the layers: [W, L, T, H, E] for the layers ahead."""
-    L, both = this.shape[1], jnp.concatenate([this, following], axis=1)
-    return jnp.stack([both[:, h : h + L] for h in range(1, horizon + 1)], axis=3)
+    """[L, W, T, E] of this token and of the next pass over the layers: [P, W, T, H, E] for the layers ahead."""
+    places, both = len(this) + 1, jnp.concatenate([this, following])
+    return jnp.stack([both[h : h + places] for h in range(horizon)], axis=3)

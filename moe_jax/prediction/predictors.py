@@ -7,22 +7,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
 from moe_jax.prediction import saved
+from moe_jax.prediction.best import CANDIDATES, BestPerLayer
 from moe_jax.prediction.interface import Features, ModelParts, Prediction, Predictor, Spec, fingerprint
 from moe_jax.prediction.learned import Learned
 from moe_jax.prediction.lookahead import DefaultVector, Router
 from moe_jax.prediction.memory import Frequency, Random, Repeat
 from moe_jax.prediction.oracle import Oracle
 
-__all__ = ["BASELINES", "TRAINED", "DefaultVector", "Features", "Frequency", "Learned", "Oracle", "Prediction"]
+__all__ = [
+    "BASELINES",
+    "TRAINED",
+    "BestPerLayer",
+    "DefaultVector",
+    "Features",
+    "Frequency",
+    "Learned",
+    "Oracle",
+    "Prediction",
+]
 __all__ += ["Predictor", "Random", "Repeat", "Router", "Spec", "load", "params_of"]
 
 
 BASELINES: dict[str, Predictor] = {p.name: p for p in (Random(), Frequency(), Repeat(), Router())}
-TRAINED: dict[str, Predictor] = {p.name: p for p in (DefaultVector(), Learned())}
+TRAINED: dict[str, Predictor] = {p.name: p for p in (DefaultVector(), Learned(), BestPerLayer())}
 
 
 def params_of(name: str, spec: Spec, parts: ModelParts, weights: dict[str, Any], seed: int = 0) -> Any:
@@ -31,6 +43,11 @@ def params_of(name: str, spec: Spec, parts: ModelParts, weights: dict[str, Any],
         return Router().init(jax.random.key(seed), spec, parts) | {"vectors": jnp.asarray(weights["vectors"])}
     if name == Learned.name:
         return {"network": weights["network"], "eps": jnp.float32(spec.norm_eps)}
+    if name == BestPerLayer.name:
+        best = np.asarray(weights["best"]).astype(np.int32)
+        used = [candidate for number, candidate in enumerate(CANDIDATES) if (best == number).any()]
+        own = {candidate: params_of(candidate, spec, parts, weights, seed) for candidate in used}
+        return own | {"best": jnp.asarray(best)}
     return BASELINES[name].init(jax.random.key(seed), spec, parts)
 
 

@@ -24,7 +24,7 @@ def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str,
 
     Args:
       directory: created.
-      weights: `network` of `Learned` and `vectors` of `DefaultVector`.
+      weights: `network` of `Learned`, `vectors` of `DefaultVector` and `best` of `BestPerLayer`.
       spec, model: what it was trained for; model is the fingerprint.
       notes: anything worth keeping, for people (JSON).
     """
@@ -71,13 +71,14 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights of predictor {directory} cannot be read ({reason}); train it again") from None
     weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), weights)
-    return weights | {"network": _cut(weights["network"], spec)}
+    best = weights["best"][:, : spec.horizon]
+    return weights | {"network": _cut(weights["network"], spec), "best": best}
 
 
 def _cut(network: dict[str, Any], spec: Spec) -> dict[str, Any]:
     """The network for a shorter horizon."""
     H, E = spec.horizon, spec.num_experts
-    for name in ("residual", "gates", "hidden_out", "bias"):
+    for name in ("residual", "gates", "echo", "echo_bias", "hidden_out", "bias"):
         network[name] = network[name][..., : H * E]
     for name in ("previous", "scale", "shift"):
         network[name] = network[name][:, :H]

@@ -91,14 +91,6 @@ def plan(
     return Windows(np.stack(rows), np.array(lengths, np.int32), np.array(documents, np.int32), names)
 
 
-def validation_windows(windows: Windows, share: float, seed: int) -> np.ndarray:
-    """Bool [W]: the windows of a seeded share of the documents (at least one, and never all of several)."""
-    rank = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in windows.names]
-    order = sorted(np.unique(windows.documents).tolist(), key=lambda document: rank[document])
-    count = min(max(1, round(share * len(order))), max(1, len(order) - 1))
-    return np.isin(windows.documents, order[:count])
-
-
 def _documents(source: Path, seed: int | None) -> Iterator[tuple[str, str]]:
     """(name, text) of every piece of at most PIECE_CHARS of the files of a source; shuffled unless `seed` is None."""
     if source.is_dir():

@@ -143,12 +143,12 @@ def test_every_byte():
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384), (1, 1), (127, 129), (300, 5), (5, 300), (130, 9000)])
-@pytest.mark.parametrize("block", [(128, 128), (64, 32)])
-def test_blocks_and_their_edges(tmp_path, shape, block):
+@pytest.mark.parametrize("block, dtype", [((128, 128), np.float32), ((128, 128), BF16), ((64, 32), np.float32)])
+def test_blocks_and_their_edges(tmp_path, shape, block, dtype):
     """Strips are of one block's height where a row is long, of several where it is short."""
     rng = np.random.default_rng(0)
     numbers = rng.integers(0, 256, shape, np.uint8).view(E4M3)
-    scales = (rng.normal(size=[-(-n // b) for n, b in zip(shape, block, strict=True)]) ** 2).astype(np.float32)
+    scales = (rng.normal(size=[-(-n // b) for n, b in zip(shape, block, strict=True)]) ** 2).astype(dtype)
     save(tmp_path, {"x": numbers, "x_scale_inv": scales})
     tensor = fp8.with_scales(read_header(tmp_path / SINGLE), block)["x"]
     got = np.empty(shape, BF16)

@@ -1,7 +1,9 @@
 """Random tiny models of `transformers` against ours. A family's test file is a table of `Case`s over this module.
 
 Each case is built once: weights so large that every feature moves the logits, saved as a checkpoint, read back by
-`HFCheckpoint`, and run by `transformers` in float32.
+`HFCheckpoint` and converted, and run by `transformers` in float32. All of the prompt goes through the checkpoint as it
+is;
+prefill and decode go through the converted one and a host bank of a third of the experts.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.checkpoint.convert import convert
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.inference import bounds
 from moe_jax.inference.engine import Engine, Record
@@ -114,6 +119,8 @@ class Subject:
         self.checkpoint = HFCheckpoint(directory)
         self.architecture = self.checkpoint.architecture
         self.dense = self.checkpoint.dense()
+        self.converted = convert(self.checkpoint, directory.with_name(directory.name + "-converted"))
+        self.converted_folder = weakref.finalize(self, shutil.rmtree, self.converted.directory)
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(0, case.config.vocab_size, n).tolist() for n in PROMPTS]
 
@@ -198,15 +205,16 @@ def by_id(ids: np.ndarray, gates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def same_model(case: Case) -> None:
-    """Prefill and decode through the host bank equal `transformers`: logits, router choices, gates, greedy tokens."""
+    """Prefill and decode equal `transformers`: logits, router choices, gates, greedy tokens."""
     s = subject(case)
     a = s.architecture
     full = s.theirs(s.prompts[0])[0]
     np.testing.assert_allclose(s.reference, full, rtol=0, atol=SAME * np.abs(full).max(), err_msg="all of the prompt")
 
-    stages, bank = Stages(a, jnp.float32), HostBank(s.checkpoint)
+    assert s.converted.architecture == a
+    stages, bank = Stages(a, jnp.float32), HostBank(s.converted)
     source = OffloadedExperts(bank, a, max(a.top_k, bank_share(a)) * bank.expert_bytes)
-    dense = device_weights(s.dense, jnp.float32)
+    dense = device_weights(s.converted.dense(), jnp.float32)
     predictor = predictors.load("router", min(2, a.num_moe_layers), "", a, dense)
     engine = Engine(stages, dense, source, predictor, prefill_chunk=32)
     prefilled: list[list[Any]] = [[] for _ in range(a.num_moe_layers)]

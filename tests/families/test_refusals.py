@@ -59,6 +59,8 @@ OWN = {
     "mixtral": [({"attention_bias": True}, "attention_bias=True")],
     "qwen3_moe": [
         ({"use_sliding_window": True}, "no field 'sliding_window'"),
+        ({"use_qk_norm": False}, "use_qk_norm=False; supported: True"),
+        ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8; supported: 0"),
         ({"mlp_only_layers": list(range(48))}, "no layer with experts"),
     ],
     "qwen2_moe": [
@@ -98,6 +100,20 @@ def test_what_changes_nothing_is_accepted(model_type):
     extra = {"torch_dtype": "bfloat16", "use_cache": True, "_name_or_path": "x", "auto_map": {"A": "b"}, "future": None}
     chosen = FAMILIES[model_type]
     assert chosen.read_config({**config, **extra}) == chosen.read_config(config)
+
+
+def test_qwen3_coder_says_things_twice():
+    config, chosen = RELEASED["qwen3_moe"], FAMILIES["qwen3_moe"]
+    again = {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
+    assert chosen.read_config({**config, **again}) == chosen.read_config(config)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "qwen3_moe"])
+def test_fp8_changes_nothing_but_how_weights_are_read(model_type):
+    config, chosen = RELEASED[model_type], FAMILIES[model_type]
+    kept = {"modules_to_not_convert": ["lm_head"], "scale_fmt": "ue8m0"}
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    assert chosen.read_config({**config, "quantization_config": {**FP8, **kept}}) == chosen.read_config(plain)
 
 
 @pytest.mark.parametrize("model_type", OWN)

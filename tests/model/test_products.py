@@ -54,6 +54,14 @@ def test_no_float32_copy_of_the_matrix_is_made_for_few_rows(rows):
     assert memory is not None and memory.temp_size_in_bytes < 2048 * 1024 * 2
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_products_of_one_row_share_nothing_in_memory(dtype):
+    x, weight = jax.ShapeDtypeStruct((1, 1024), jnp.float32), jax.ShapeDtypeStruct((2048, 1024), dtype)
+    both = jax.jit(lambda x, v, w: (product(x, v), product(x, w)))
+    memory = both.lower(x, weight, weight).compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 2048 * 1024
+
+
 def test_an_accelerator_gets_one_plain_product():
     x, weight = jax.ShapeDtypeStruct((2, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((2048, 1024), jnp.bfloat16)
     text = jax.jit(product).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()

@@ -47,12 +47,17 @@ def activations(
     return x.astype(np.float32), logits.astype(np.float32), top_k(logits, spec.top_k)
 
 
+def embedding(residual: np.ndarray) -> np.ndarray:
+    """What enters layer 0, [n, T, D]: something of its residual."""
+    return residual[:, 0] + 0.5 * np.random.default_rng(7).normal(size=residual[:, 0].shape).astype(np.float32)
+
+
 def logged(arrays: tuple[np.ndarray, np.ndarray, np.ndarray], rows: np.ndarray | None = None) -> Activations:
     """As a log holds them, of some windows or of all."""
     residual, logits, ids = arrays if rows is None else [array[rows] for array in arrays]
     chosen = np.exp(np.take_along_axis(logits, ids, axis=-1))
     lengths = np.full(len(ids), ids.shape[2], np.int32)
-    return Activations(residual, logits, ids, chosen / chosen.sum(-1, keepdims=True), lengths)
+    return Activations(embedding(residual), residual, logits, ids, chosen / chosen.sum(-1, keepdims=True), lengths)
 
 
 def outputs(spec: Spec, shard: int) -> Outputs:
@@ -70,12 +75,17 @@ def windows(count: int, length: int, lengths: np.ndarray | None = None, seed: in
 
 
 def written_log(
-    directory: Path, count: int = 24, length: int = 16, lengths: np.ndarray | None = None, spec: Spec = SPEC
+    directory: Path,
+    count: int = 24,
+    length: int = 16,
+    lengths: np.ndarray | None = None,
+    spec: Spec = SPEC,
+    seed: int = 0,
 ) -> ActivationLog:
     """A complete log of `count` windows."""
     model = parts(spec)
-    log = ActivationLog(directory, spec, MODEL, windows(count, length, lengths))
-    arrays = activations(spec, model, count, length)
+    log = ActivationLog(directory, spec, MODEL, windows(count, length, lengths, seed))
+    arrays = activations(spec, model, count, length, seed)
     for shard in log.missing():
         log.write(shard, logged(arrays, log.rows(shard)), outputs(spec, shard))
     return log

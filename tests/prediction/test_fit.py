@@ -23,21 +23,22 @@ CONFIG = fit.FitConfig(
     checkpoint_every=3,
     patience=100,
 )
-VALIDATION = np.arange(40) % 8 == 0
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory):
-    return written_log(tmp_path_factory.mktemp("log"), count=40, length=16)
+def logs(tmp_path_factory):
+    """To train on, and of other text to choose with."""
+    train = written_log(tmp_path_factory.mktemp("log"), count=40, length=16)
+    return train, written_log(tmp_path_factory.mktemp("validation"), count=6, length=16, seed=3)
 
 
-def train(log, directory, config=CONFIG, **kwargs):
-    return fit.fit(config, SPEC, parts(), log, VALIDATION, directory, **kwargs)
+def train(logs, directory, config=CONFIG, **kwargs):
+    return fit.fit(config, SPEC, parts(), logs[0], logs[1], directory, **kwargs)
 
 
 @pytest.fixture(scope="module")
-def whole(log, tmp_path_factory):
-    return train(log, tmp_path_factory.mktemp("whole"))
+def whole(logs, tmp_path_factory):
+    return train(logs, tmp_path_factory.mktemp("whole"))
 
 
 def same(a, b) -> bool:
@@ -45,11 +46,10 @@ def same(a, b) -> bool:
     return all(jax.tree.leaves(equal))
 
 
-def test_it_learns_what_the_routers_do_not_say(log, whole):
-    held_out = np.flatnonzero(VALIDATION)
-    learned = metrics.evaluate(predictors.Learned(), whole[0], SPEC, log, held_out, batch=8)
+def test_it_learns_what_the_routers_do_not_say(logs, whole):
+    learned = metrics.evaluate(predictors.Learned(), whole[0], SPEC, logs[1], batch=6)
     router = predictors.Router()
-    look = metrics.evaluate(router, router.init(jax.random.key(0), SPEC, parts()), SPEC, log, held_out, batch=8)
+    look = metrics.evaluate(router, router.init(jax.random.key(0), SPEC, parts()), SPEC, logs[1], batch=6)
     # Every layer turns the residual, which regression undoes: the look-ahead knows nothing of it.
     assert (learned.by_horizon("recall", False)[0] or 0) > (look.by_horizon("recall", False)[0] or 0) + 0.25
     assert learned.brier.mean() < look.brier.mean()
@@ -57,21 +57,21 @@ def test_it_learns_what_the_routers_do_not_say(log, whole):
     assert whole[1]["recall"] == pytest.approx(learned.recall.mean(), abs=0.05)
 
 
-def test_the_closed_form_alone_is_calibrated(log, tmp_path):
-    params, best = train(log, tmp_path, dataclasses.replace(CONFIG, steps=0))
-    scores = metrics.evaluate(predictors.Learned(), params, SPEC, log, batch=8)
+def test_the_closed_form_alone_is_calibrated(logs, tmp_path):
+    params, best = train(logs, tmp_path, dataclasses.replace(CONFIG, steps=0))
+    scores = metrics.evaluate(predictors.Learned(), params, SPEC, logs[1], batch=6)
     assert best["step"] == 0
     assert scores.calibration_error.mean() < 0.1
 
 
-def test_one_seed_gives_the_same_bits_and_another_does_not(log, whole, tmp_path):
-    assert same(train(log, tmp_path / "again")[0], whole[0])
-    other = train(log, tmp_path / "other", dataclasses.replace(CONFIG, seed=1))
+def test_one_seed_gives_the_same_bits_and_another_does_not(logs, whole, tmp_path):
+    assert same(train(logs, tmp_path / "again")[0], whole[0])
+    other = train(logs, tmp_path / "other", dataclasses.replace(CONFIG, seed=1))
     assert not same(other[0], whole[0])
 
 
 @pytest.mark.parametrize("killed_at", [1, 11])
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(log, whole, tmp_path, killed_at):
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(logs, whole, tmp_path, killed_at):
     class Killed(Exception):
         pass
 
@@ -80,14 +80,14 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(log, whole, tmp_path, k
             raise Killed
 
     with pytest.raises(Killed):
-        train(log, tmp_path, progress=progress)
+        train(logs, tmp_path, progress=progress)
     seen = []
-    resumed = train(log, tmp_path, progress=lambda step, values: seen.append(step))
+    resumed = train(logs, tmp_path, progress=lambda step, values: seen.append(step))
     assert seen[0] > (killed_at - 1) // CONFIG.checkpoint_every * CONFIG.checkpoint_every  # it did not start again
     assert same(resumed[0], whole[0]) and resumed[1] == whole[1]
 
 
-def test_the_best_look_is_kept_and_patience_ends_a_hopeless_run(log, tmp_path):
+def test_the_best_look_is_kept_and_patience_ends_a_hopeless_run(logs, tmp_path):
     looks = {}
 
     def progress(step, values):
@@ -95,26 +95,27 @@ def test_the_best_look_is_kept_and_patience_ends_a_hopeless_run(log, tmp_path):
             looks[step] = values["validation_recall"]
 
     wild = dataclasses.replace(CONFIG, learning_rate=3.0, steps=40, patience=2)  # ruins what the closed form found
-    _, best = train(log, tmp_path, wild, progress=progress)
+    _, best = train(logs, tmp_path, wild, progress=progress)
     assert best["recall"] == pytest.approx(max(looks.values())) and looks[max(looks)] < best["recall"]
     assert max(looks) < 40
 
 
-def test_another_configuration_is_refused(log, tmp_path):
-    train(log, tmp_path, dataclasses.replace(CONFIG, steps=0))
+def test_another_configuration_is_refused(logs, tmp_path):
+    train(logs, tmp_path, dataclasses.replace(CONFIG, steps=0))
     with pytest.raises(UserError, match="of other settings, model or text"):
-        train(log, tmp_path)
+        train(logs, tmp_path)
 
 
 def test_whitening_does_not_change_the_network():
     rng = np.random.default_rng(0)
     learned = predictors.Learned(hidden=3)
     network = learned.init(jax.random.key(0), SPEC, parts())["network"]
-    L, D = SPEC.num_layers, SPEC.d_model
-    basis = {"white": rng.normal(size=(L, D, D)).astype(np.float32), "mean": rng.normal(size=(L, D)).astype(np.float32)}
-    x = rng.normal(size=(L, 5, D)).astype(np.float32)
-    rest = jnp.zeros((L, 5, SPEC.num_experts)), jnp.zeros((L, 5, SPEC.horizon, SPEC.num_experts))
-    white = np.einsum("lrd,lde->lre", x - basis["mean"][:, None], basis["white"])
+    P, D = SPEC.num_layers + 1, SPEC.d_model
+    basis = {"white": rng.normal(size=(P, D, D)).astype(np.float32), "mean": rng.normal(size=(P, D)).astype(np.float32)}
+    network["echo"] = 0.1 * rng.normal(size=network["echo"].shape).astype(np.float32)
+    x = rng.normal(size=(P, 1, 5, D)).astype(np.float32)
+    rest = jnp.zeros((P, 1, 5, SPEC.num_experts)), jnp.zeros((P, 1, 5, SPEC.horizon, SPEC.num_experts))
+    white = np.einsum("pwtd,pde->pwte", x - basis["mean"][:, None, None], basis["white"])
     score = jax.jit(lambda network, x: learned.score_windows(network, (x, *rest), SPEC.top_k))
     in_basis = score(network, white)
     folded = score(closed_form.unwhiten(network, basis), x)

@@ -10,13 +10,15 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.prediction import predictors, saved
+from moe_jax.prediction.interface import Features
 from moe_jax.prediction.learned import Learned, boundary, window_inputs, window_targets
 from tests.prediction.synthetic import MODEL, SPEC, activations, logged, parts
 from tests.prediction.test_predictors import run
 
 
 def weights(params):
-    return {"network": params["network"], "vectors": np.ones((SPEC.num_layers, SPEC.num_experts, SPEC.d_model))}
+    vectors = np.ones((SPEC.num_layers, SPEC.num_experts, SPEC.d_model))
+    return {"network": params["network"], "vectors": vectors, "best": np.ones((SPEC.num_layers + 1, SPEC.horizon))}
 
 
 def noisy(learned):
@@ -29,17 +31,32 @@ def noisy(learned):
     return params
 
 
+def run_with_beginnings(learned, arrays, params):
+    """Probabilities of `begin` and `apply` token by token, [W, T, L + 1, H, E]."""
+    a, out = logged(arrays), []
+    state = learned.init_state(SPEC, len(a.lengths))
+    begin, apply = jax.jit(learned.begin), jax.jit(learned.apply)
+    for t in range(a.ids.shape[2]):
+        prediction, state = begin(params, state, a.embedding[:, t])
+        out.append(np.asarray(prediction.probability))
+        for layer in range(SPEC.num_layers):
+            here = [x[:, layer, t] for x in a[1:5]]
+            prediction, state = apply(params, state, Features(np.int32(layer), *here))
+            out.append(np.asarray(prediction.probability))
+    return np.stack(out, axis=1).reshape(len(a.lengths), -1, SPEC.num_layers + 1, *out[0].shape[1:])
+
+
 def test_whole_windows_equal_token_by_token():
     learned, arrays = Learned(hidden=5), activations(SPEC, parts(), 2, 6)
     params = noisy(learned)
-    stepwise = run(learned, arrays, params=params)[0]  # [W, T, L, H, E]
+    stepwise = run_with_beginnings(learned, arrays, params)  # [W, T, L + 1, H, E]
 
     @jax.jit
     def score(network, a):
         return learned.score_windows(network, window_inputs(1e-5, a, SPEC.horizon), SPEC.top_k)
 
     scores = score(params["network"], logged(arrays))
-    whole = np.array(jax.nn.sigmoid(scores)).reshape(SPEC.num_layers, 2, 6, SPEC.horizon, -1)
+    whole = np.array(jax.nn.sigmoid(scores)).reshape(SPEC.num_layers + 1, 2, 6, SPEC.horizon, -1)
     np.testing.assert_allclose(whole.transpose(1, 2, 0, 3, 4), stepwise, atol=1e-5)
 
 
@@ -52,14 +69,14 @@ def test_untrained_it_ranks_like_the_router():
 def test_window_targets_against_a_loop():
     rng = np.random.default_rng(0)
     W, L, T, E, H = 3, 3, 5, 4, 3
-    values, lengths = rng.normal(size=(W, L, T, E)), np.array([5, 3, 1])
+    values, lengths = rng.normal(size=(W, L, T, E)), np.array([5, 3, 1])  # place 0 is before layer 0
     wanted, known = (np.array(x) for x in jax.jit(window_targets, static_argnums=2)(values, lengths, H))
-    for layer, w, t, h in np.ndindex(L, W, T, H):
-        carry, target = divmod(layer + h + 1, L)
+    for place, w, t, h in np.ndindex(L + 1, W, T, H):
+        carry, target = divmod(place + h, L)
         inside = t + carry < lengths[w]
-        assert known[layer, w * T + t, h] == inside
+        assert known[place, w * T + t, h] == inside
         if inside:
-            np.testing.assert_allclose(wanted[layer, w * T + t, h], values[w, target, t + carry], rtol=1e-6)
+            np.testing.assert_allclose(wanted[place, w * T + t, h], values[w, target, t + carry], rtol=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5, 6])

@@ -13,7 +13,7 @@ from tests.prediction.test_predictors import run
 LENGTHS = np.array([9, 2, 9, 5, 1])
 
 
-class Oracle(predictors.Router):
+class Told(predictors.Frequency):
     """Told the ids of all steps, it answers with them; `certainty` is the probability it gives."""
 
     def __init__(self, ids: np.ndarray, certainty: float):
@@ -52,8 +52,9 @@ def test_recall_and_brier_by_hand(tmp_path):
 def test_an_oracle_recalls_everything_and_its_certainty_is_its_calibration_error(tmp_path):
     log = written_log(tmp_path, count=5, length=9, lengths=LENGTHS)
     ids = activations(SPEC, parts(), 5, 9)[2]
-    scores = metrics.evaluate(Oracle(ids, 0.75), (), SPEC, log, batch=5)
-    np.testing.assert_allclose(scores.recall, 1)
+    scores = metrics.evaluate(Told(ids, 0.75), (), SPEC, log, batch=5)
+    for score in (scores.recall, scores.exact, scores.covered):
+        np.testing.assert_allclose(score, 1, atol=1e-6)
     share = SPEC.top_k / SPEC.num_experts
     np.testing.assert_allclose(scores.calibration_error, 0.25 * share, atol=1e-6)
     np.testing.assert_allclose(scores.brier, 0.25**2 * share, atol=1e-6)
@@ -71,8 +72,8 @@ def test_batches_and_chosen_windows_add_up(tmp_path):
 
 def test_wrapped_targets_are_means_of_their_own():
     values = np.arange(12.0).reshape(4, 3)
-    scores = metrics.Scores(values, values, values)
+    scores = metrics.Scores(values, values, values, values, values)
     assert scores.by_horizon("recall", wrapped=False) == [3.0, 2.5, 2.0]
     assert scores.by_horizon("recall", wrapped=True) == [9.0, 8.5, 8.0]
-    deep = metrics.Scores(*[np.zeros((2, 2))] * 3)
+    deep = metrics.Scores(*[np.zeros((2, 2))] * 5)
     assert deep.by_horizon("recall", wrapped=False) == [0.0, None]

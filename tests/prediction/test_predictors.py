@@ -19,6 +19,7 @@ from moe_jax.prediction.interface import Features, ModelParts, Spec, fingerprint
 from tests.prediction.synthetic import SPEC, activations, parts
 
 ALL = [*predictors.BASELINES.values(), predictors.DefaultVector(), predictors.Learned(hidden=4)]
+ALL += [predictors.BestPerLayer()]
 named = pytest.mark.parametrize("predictor", ALL, ids=lambda p: p.name)
 
 
@@ -62,7 +63,9 @@ def test_priming_equals_running_the_prompt(predictor):
     ids[:, :, :7] = arrays[2].swapaxes(0, 1)  # padded at the end, as a batch of prompts is
     primed = predictor.prime(SPEC, ids)
     assert jax.tree.structure(primed) == jax.tree.structure(state)
-    if predictor.name != "random":  # its memory is only a counter
+    if predictor.name == "learned":  # activations of a prompt are not kept: of them it knows nothing
+        assert not primed.pop("echo").any() and state.pop("echo") is not None
+    if predictor.name not in ("random", "best_per_layer"):  # a counter; only the memories of those that are asked
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), primed, state)
 
 
@@ -202,7 +205,8 @@ def test_the_fingerprint_ignores_the_dtype_and_the_experts_only():
 def test_load_finds_every_predictor(tmp_path):
     spec = Spec.of(ARCHITECTURE, 3)
     network = predictors.Learned().init(jax.random.key(0), spec, parts())["network"]
-    weights = {"network": network, "vectors": np.zeros((spec.num_layers, spec.num_experts, spec.d_model))}
+    vectors = np.zeros((spec.num_layers, spec.num_experts, spec.d_model))
+    weights = {"network": network, "vectors": vectors, "best": np.full((spec.num_layers + 1, 3), 3)}
     saved.save(tmp_path, weights, spec, fingerprint(ARCHITECTURE, dense(parts())), {})
     assert predictors.load("none", 2, "", ARCHITECTURE, dense(parts())) is None
     for predictor in ALL:

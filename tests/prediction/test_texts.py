@@ -61,16 +61,6 @@ def test_documents_that_share_lines_with_a_test_text_are_left_out(tmp_path):
     assert len(texts.plan(encode, [tmp_path / "train"], 64, exclude=[unlike]).names) == 2
 
 
-def test_validation_takes_whole_documents(tmp_path):
-    for i in range(20):
-        write(tmp_path, f"{i}.py", 10, f"text{i}")
-    plan = texts.plan(encode, [tmp_path], 64)
-    chosen = texts.validation_windows(plan, 0.2, seed=0)
-    validation, training = set(plan.documents[chosen]), set(plan.documents[~chosen])
-    assert len(validation) == 4 and len(training) == 16 and not validation & training
-    assert (chosen != texts.validation_windows(plan, 0.2, seed=1)).any()
-
-
 def test_mistakes_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")

@@ -39,7 +39,6 @@ def command(place: Path, output: str, *more: str) -> list[str]:
         "horizon": 3,
         "window": 32,
         "max_tokens": 5000,
-        "validation_share": 0.25,
         "fit.hidden": 4,
         "fit.steps": STEPS,
         "fit.batch_windows": 4,
@@ -49,7 +48,8 @@ def command(place: Path, output: str, *more: str) -> list[str]:
     }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     script = [sys.executable, str(ROOT / "train_predictor.py"), f"--config={ROOT}/configs/predictor.py"]
-    return [*script, *flags, f"--text={place}/text", f"--test_text={place}/test.txt", *more]
+    texts = [f"--text={place}/text", f"--validation_text={place}/test.txt", f"--test_text={place}/test.txt"]
+    return [*script, *flags, *texts, *more]
 
 
 def run(*args, **kwargs) -> subprocess.CompletedProcess:
@@ -78,7 +78,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     assert whole.returncode == 0, whole.stderr
     scores = json.loads((place / "scores.json").read_text())
     assert "recall@2 on the test texts" in whole.stdout and "next token" in whole.stdout
-    assert set(scores["scores"]) == {"learned", "default_vector", "router", "repeat", "frequency"}
+    assert set(scores["scores"]) == {"best_per_layer", "learned", "default_vector", "router", "repeat", "frequency"}
     assert 3000 < scores["train_tokens"] <= 5000
     target = random.choice([1, 2, 500, 2000])  # while logging, and while fitting
     killed = subprocess.Popen(command(place, "killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

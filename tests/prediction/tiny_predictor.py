@@ -22,5 +22,6 @@ def write_predictor(directory: Path, checkpoint: HFCheckpoint, horizon: int) -> 
     }
     sizes = (spec.num_layers, spec.num_experts, spec.d_model)
     weights = {"network": params["network"], "vectors": jax.random.normal(next(keys), sizes)}
+    weights["best"] = jax.random.randint(next(keys), (spec.num_layers + 1, spec.horizon), 0, 4)
     saved.save(directory, weights, spec, fingerprint(checkpoint.architecture, checkpoint.dense()), {})
     return directory

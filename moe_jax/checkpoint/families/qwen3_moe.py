@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.checkpoint import fp8
 from moe_jax.checkpoint.config_reader import ConfigReader
 from moe_jax.checkpoint.names import standard_layouts as layouts
 from moe_jax.model.architecture import Architecture, Experts, GroupedQuery, LayerKind, Routing
@@ -17,6 +18,12 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
     c = ConfigReader(config)
     c.require("hidden_act", "silu", default="silu")
     c.get("max_window_layers", None)  # Qwen3-MoE has a window in every layer or in none
+    # Qwen3-Coder says these again.
+    c.require("use_qk_norm", True, default=True)
+    c.require("qkv_bias", False, default=False)
+    c.require("shared_expert_intermediate_size", 0, default=0)
+    if quantization := c.get("quantization_config", {}):
+        fp8.block_of(quantization)  # as Qwen3-30B-A3B-FP8; refuses what is not read
     heads, d_model = c.size("num_attention_heads"), c.size("hidden_size")
     max_seq_len = c.size("max_position_embeddings")
     bias = c.flag("attention_bias", False)

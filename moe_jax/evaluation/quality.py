@@ -39,8 +39,6 @@ class Way:
     speed: Engine  # for generation, one prompt at a time
     trace: Trace = dataclasses.field(default_factory=Trace)
     step_s: list[float] = dataclasses.field(default_factory=list)
-    record: Record = dataclasses.field(default_factory=Record)
-    departed: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def reads_like(self) -> tuple[str, str]:
@@ -81,7 +79,7 @@ def ways(model: Model, modes: Sequence[str], names: Sequence[str], rows: int) ->
                 # The rows of a batch share the budget; windows that only decode together for speed do not.
                 for share in (rows, 1)
             ]
-            found.append(Way(mode, name, *engines))
+            found.append(Way(mode, name, engines[0], engines[1]))
     return found
 
 
@@ -222,6 +220,7 @@ def generate(
             exact: list[int] = []
             for i, way in enumerate(chosen):
                 model.engine = way.speed
+                source.resident()  # drops what the way before has predicted: nothing is loaded for it any more
                 source.trace = way.trace if turn else Trace()
                 generation = model.start([prompt], new_tokens, Sampling())
                 for _ in generation:

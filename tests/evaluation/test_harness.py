@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def directory(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("model"), dataclasses.replace(TINY, max_seq_len=64))
 
 
-def load(directory, batch_size=1, **fields) -> MoeJax:
+def load(directory, batch_size: int | str = 1, **fields) -> Any:
     # As lm_eval makes it of --model_args.
     arguments = {"checkpoint": str(directory), "predictor": "router", "prefetch.horizon": 2, **fields}
     text = ",".join(f"{name}={value}" for name, value in arguments.items())
@@ -56,8 +57,9 @@ def test_likelihoods_are_those_of_a_direct_computation(directory):
         expected, best = direct(directory, a, head, tokens[len(head) :])
         assert likelihood == pytest.approx(expected, abs=2e-4) and greedy == best
     # What greedy decoding gives is recognised as such.
-    [text] = lm.generate_until(requests(("abc", {"max_gen_toks": 5, "until": []})), disable_tqdm=True)
-    ids = lm.tok_encode(text, add_special_tokens=False)
+    generation = lm.model.start(["abc"], 5)
+    assert list(generation)
+    ids = generation.outputs[0].token_ids
     [(_, greedy)] = lm._loglikelihood_tokens([(None, encode("abc"), ids)], disable_tqdm=True)
     assert greedy
 
@@ -120,10 +122,9 @@ def test_a_task_that_needs_no_download(directory, tmp_path):
     }
     (tmp_path / "local.yaml").write_text(json.dumps(task))  # YAML too
     lm = load(directory)
-    found = simple_evaluate(
+    found: Any = simple_evaluate(
         lm, tasks=["local"], task_manager=TaskManager(include_path=str(tmp_path)), bootstrap_iters=0, verbosity="ERROR"
     )
-    assert found is not None
     likelihoods = lm.loglikelihood(
         requests(*((f"{d['question']}?", choice) for d in documents for choice in d["choices"])), disable_tqdm=True
     )
@@ -135,7 +136,7 @@ def test_a_task_that_needs_no_download(directory, tmp_path):
 @pytest.mark.slow
 def test_likelihoods_are_those_of_transformers_on_the_shipped_model():
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    lm = MoeJax(predictor="none")
+    lm = load(shipped("model"), predictor="none")
     pairs = [("def read_file(path):\n    ", "return open(path).read()"), ("And the LORD said unto", " Moses, Go in")]
     found = lm.loglikelihood(requests(*pairs), disable_tqdm=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(shipped("model"), dtype=torch.float32).eval()

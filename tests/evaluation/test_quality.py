@@ -51,17 +51,18 @@ def test_quality_is_that_of_the_reference(model, directory):
     assert (of_exact.perplexity_ratio, of_exact.same_choice, of_exact.departed) == (1, 1, None)
     assert of_exact.kl == pytest.approx(0, abs=1e-6)
     assert of_gated.perplexity_ratio == pytest.approx(of_gated.perplexity / of_exact.perplexity)
-    assert of_gated.kl > 0 and 0 < of_gated.departed < 1 and of_gated.same_choice < 1
+    assert of_gated.departed is not None and of_gated.kl > 0 and 0 < of_gated.departed < 1 and of_gated.same_choice < 1
 
 
 def test_recall_by_layer_counts_what_was_planned(model):
-    router = quality.recall_by_layer(model, "router", windows(), rows=2)
-    assert all(r is not None and 0 < r < 1 for r in router)
+    found = quality.recall_by_layer(model, "router", windows(), rows=2)
+    router = [r for r in found if r is not None and 0 < r < 1]
+    assert len(router) == len(found)
     assert quality.recall_by_layer(model, "repeat", windows(), rows=2)[0] is None  # silent before layer 0
     gated = quality.ways(model, ["speculative_gated"], ["router"], rows=2)[1]
-    # Where all K are right nothing departs: recall of K = 2 bounds the share that departs.
+    # A layer departs where not all K are right: as often as some are missing, at least.
     departed = quality.read([gated], windows(), rows=2)[0].departed
-    assert departed is not None and 1 - np.mean(router) <= departed + 0.15
+    assert departed is not None and departed > 1 - np.mean(router) - 0.15  # a departed run sees other tokens
 
 
 def test_generations_take_turns_and_are_compared_with_exact(model):

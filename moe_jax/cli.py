@@ -64,6 +64,18 @@ def status(what: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with the time that is left; gives a function of the steps done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
 def fail(message: str, code: int = 2) -> None:
     """Prints one line on stderr and exits: 2 for a mistake of the user, 1 for a machine that failed."""
     print(f"{os.path.basename(sys.argv[0])}: error: {_line(message)}", file=sys.stderr)

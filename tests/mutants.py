@@ -27,6 +27,7 @@ class Mutant(NamedTuple):
 
 
 LOSSLESS, ENGINE = "tests/inference/test_lossless.py", "tests/inference/test_engine.py"
+AHEAD_OF_TIME = "tests/aot"  # needs its dependency group: python tests/aot/compilers.py
 MUTANTS = {
     "two experts swapped in the bank": Mutant(
         "moe_jax/offload/bank.py",
@@ -57,6 +58,27 @@ MUTANTS = {
         {"state.lengths = state.lengths + state.active": "state.lengths = state.lengths + 2 * state.active"},
         ENGINE,
     ),
+    "experts widened before they are used": Mutant(
+        "moe_jax/model/experts.py",
+        {
+            "project(x, w.gate_up, ": "project(x, jax.lax.optimization_barrier(w.gate_up.astype(np.float32)), ",
+        },
+        AHEAD_OF_TIME,
+    ),
+    "outputs touched on the host": Mutant(
+        "moe_jax/model/experts.py",
+        {
+            "    return outputs, outputs[0, 0]\n": "    from jax.experimental.compute_on import compute_on\n\n"
+            '    with compute_on("device_host"):\n        outputs = jax.jit(lambda x: -x)(outputs)\n'
+            "    return outputs, outputs[0, 0]\n",
+        },
+        AHEAD_OF_TIME,
+    ),
+    "the whole device is the budget": Mutant(
+        "moe_jax/inference/memory.py",
+        {"int((1 - SPARE) * limit_bytes) - in_use_bytes - sum(reserved)": "limit_bytes"},
+        AHEAD_OF_TIME,
+    ),
 }
 
 
@@ -72,7 +94,7 @@ def survives(mutant: Mutant) -> bool:
                 raise SystemExit(f"a mutant of {mutant.file} no longer applies: {old!r} occurs {text.count(old)} times")
             text = text.replace(old, new)
         file.write_text(text)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", mutant.tests]
         environment = {**os.environ, "PYTHONPATH": str(copy)}
         return subprocess.run(command, cwd=copy, env=environment, capture_output=True).returncode == 0
 

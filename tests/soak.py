@@ -69,13 +69,13 @@ def soak(converted: Path, directory: str) -> None:
     text = next(shipped("held_out").glob("held_out_*.txt")).read_text()
     done = turn = 0
     memory: list[int] = []
-    before = counted = None
+    before, counted = -1, 0
     while done < TOKENS.value:
         prompt = text[(at := rng.randrange(len(text) - 200)) : at + 100]
         source.trace = type(source.trace)()
         generation = model.start([prompt], PIECE)
-        if before is None:
-            before, counted = process("io", "read_bytes"), 0  # compiled, loaded
+        if before < 0:
+            before = process("io", "read_bytes")  # compiled, loaded
         for _ in generation:
             pass
         counted += sum(load.bytes for load in source.trace.loads)
@@ -93,8 +93,8 @@ def soak(converted: Path, directory: str) -> None:
             print(f"{done} tokens, RssAnon {memory[-1] / 1e6:.1f} MB, {counted / 1e6:.1f} MB counted,"
                   f" {read_now / 1e6:.1f} MB read", flush=True)  # fmt: skip
     source._loader.make_room(source.store.capacity)
-    read_in_all = process("io", "read_bytes") - (before or 0)
-    if abs((counted or 0) - read_in_all) > 0.01 * read_in_all:
+    read_in_all = process("io", "read_bytes") - before
+    if abs(counted - read_in_all) > 0.01 * read_in_all:
         raise SystemExit(f"soak: {counted} bytes counted, {read_in_all} read")
     quarter = max(1, len(memory) // 4)
     first, last = np.median(memory[:quarter]), np.median(memory[-quarter:])

@@ -22,8 +22,10 @@ loader at the layer before, as certain (probability 1), and waited for, so what 
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -35,6 +37,9 @@ from moe_jax.model.architecture import Architecture, Routing
 from moe_jax.model.decoder import Routed
 from moe_jax.model.router import choose, rank, weigh
 from moe_jax.prediction.interface import Prediction, Predictor, multi_hot
+
+PREDICTIVE = ("speculative", "speculative_gated", "hybrid")  # need a predictor
+RECALL_FILE = "recall.json"  # in a predictor's folder, see `store_recall`
 
 
 class Plan(NamedTuple):
@@ -245,11 +250,31 @@ def make(
         if recall is None:
             raise UserError(
                 f"execution hybrid needs to know how well each layer is predicted, and no recall on validation text is"
-                f" stored for predictor {predictor.name}; train one with train_predictor.py, or choose"
+                f" stored for predictor {predictor.name}; measure it with evaluate.py --measure_recall, or choose"
                 " --config.execution=speculative_gated"
             )
         layers = [able and r is not None and r >= threshold for able, r in zip(layers, recall, strict=True)]
     return Planned(a.routing, layers, predicted_gates=mode == "speculative")
+
+
+def store_recall(directory: str | Path, recall: dict[str, list[float | None]], texts: Sequence[str]) -> None:
+    """Keeps, beside a trained predictor, how well each layer is predicted on validation text.
+
+    Args:
+      recall: by predictor and layer: recall@K of what is predicted for the layer one before it (for layer 0: before the
+        token enters); None where nothing is.
+      texts: names of the validation texts, for people.
+    """
+    document = {"texts": list(texts), "recall": recall}
+    (Path(directory) / RECALL_FILE).write_text(json.dumps(document, indent=1) + "\n")
+
+
+def stored_recall(directory: str | Path, predictor: str) -> list[float | None] | None:
+    """What `store_recall` kept for this predictor, or None."""
+    file = Path(directory) / RECALL_FILE
+    if not str(directory) or not file.exists():
+        return None
+    return json.loads(file.read_text())["recall"].get(predictor)
 
 
 def regate(logits: jax.Array, ids: jax.Array, routing: Routing) -> jax.Array:

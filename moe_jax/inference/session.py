@@ -19,6 +19,7 @@ from moe_jax.inference import execution, metrics
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.execution import Execution
 from moe_jax.inference.generate import Generation
+from moe_jax.inference.grouping import padded
 from moe_jax.inference.memory import auto_budget, reserve
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.inference.sampling import Sampling
@@ -55,7 +56,7 @@ class Model:
         a = self.checkpoint.architecture
         stages = Stages(a, jnp.dtype(config.dtype))
         dense = device_weights(self.checkpoint.dense(), stages.dtype)
-        predictor = self._predictor(dense)
+        predictor = self.predictor(config.prefetch.predictor, dense)
         if config.max_seq_len > a.max_seq_len:
             raise UserError(
                 f"--config.max_seq_len={config.max_seq_len} is more than the model's {a.max_seq_len} positions"
@@ -68,7 +69,7 @@ class Model:
             predictor,
             config.prefill_chunk,
             config.max_seq_len or a.max_seq_len,
-            self._execution(dense, predictor, source),
+            self.execution(config.execution, predictor, getattr(source, "store", None), dense),
         )
 
     def _provide_pinned_memory(self) -> None:
@@ -112,29 +113,39 @@ class Model:
             limit, in_use = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
             if c.offload.tier == "host":
                 in_use = a.num_moe_layers * a.num_experts * self.checkpoint.expert_bytes
-        return auto_budget(limit, in_use, reserve(a, c.batch_size, positions, c.prefill_chunk, itemsize))
+        return auto_budget(limit, in_use, reserve(a, padded(c.batch_size), positions, c.prefill_chunk, itemsize))
 
     def predictor_directory(self) -> str:
         """Where the trained predictor is; empty: there is none."""
         return self.config.prefetch.checkpoint or ("" if self.config.checkpoint else str(shipped("predictor")))
 
-    def _predictor(self, dense: Any) -> tuple[Any, Any, Any] | None:
-        a, prefetch = self.checkpoint.architecture, self.config.prefetch
-        if prefetch.predictor == Oracle.name:
+    def predictor(self, name: str, dense: Any) -> tuple[Any, Any, Any] | None:
+        """The predictor of that name with its spec and parameters, as this configuration wants it; None for "none"."""
+        a = self.checkpoint.architecture
+        if name == Oracle.name:
             return None  # `start` records what it replays
-        horizon = min(prefetch.horizon, a.num_moe_layers)  # further ahead every layer has been seen
-        return predictors.load(prefetch.predictor, horizon, self.predictor_directory(), a, dense)
+        horizon = min(self.config.prefetch.horizon, a.num_moe_layers)  # further ahead every layer has been seen
+        return predictors.load(name, horizon, self.predictor_directory(), a, dense)
 
-    def _execution(self, dense: Any, predictor: Any, source: Any) -> Execution | None:
-        store = getattr(source, "store", None)
+    def execution(self, mode: str, predictor: Any, store: Any, dense: Any, share: int = 1) -> Execution | None:
+        """An execution mode with this configuration's settings.
+
+        Args:
+          predictor: with its spec and parameters, or None.
+          store: of the experts on the device, or None; its capacity counts `share` times.
+
+        Raises:
+          UserError: what the mode needs is missing.
+        """
         return execution.make(
-            self.config.execution,
+            mode,
             self.checkpoint.architecture,
             dense,
             predictor and predictor[0],
+            recall=execution.stored_recall(self.predictor_directory(), predictor[0].name) if predictor else None,
             threshold=self.config.speculation.threshold,
             bonus=self.config.speculation.bonus,
-            capacity=store and store.capacity,
+            capacity=store and store.capacity * share,
         )
 
     def start(

@@ -5,12 +5,10 @@ python -m tests.aot.compile {h100,v5e} OUT.json
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.checkpoint.families import family
-from moe_jax.inference.engine import Engine
 from moe_jax.model.architecture import Architecture
-from moe_jax.model.decoder import Stages
 from moe_jax.model.experts import ExpertWeights
-from moe_jax.model.layers import MODULES, abstract_dense
 from tests.aot.planted import PLANTED
+from tests.aot.record import POSITIONS, Recorder, abstract_engine, abstract_experts, recording
 from tests.families.test_real_sizes import MODELS
 
-POSITIONS = 8192  # of the key/value cache: a long prompt and what is generated
 NEW_TOKENS = 512
 # As XLA describes an H100 SXM.
 H100 = """
@@ -76,72 +71,10 @@ class Compiled:
     hlo: str = ""
 
 
-class Ready(jax.ShapeDtypeStruct):
-    """The shape of a result, in the place of one."""
-
-    def block_until_ready(self) -> Ready:
-        return self
-
-
-class Recorder:
-    """A jitted function that computes nothing: it notes with what shapes it is called, and returns shapes."""
-
-    jit = staticmethod(jax.jit)
-    calls: dict[Any, tuple[Recorder, str, Any]] = {}
-    phase = ""
-
-    def __init__(self, function: Callable[..., Any], **options: Any):
-        self._function = self.jit(function, **options)
-        while isinstance(function, functools.partial):
-            function = function.func
-        self.name = function.__name__
-
-    def __call__(self, *args: Any) -> Any:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), args)
-        if self.name == "embed":
-            Recorder.phase = "decode" if shapes[1].shape[1] == 1 else "prefill"
-        leaves = tuple((x.shape, x.dtype.name) for x in jax.tree.leaves(shapes))
-        self.calls.setdefault((id(self), jax.tree.structure(shapes), leaves), (self, self.phase, shapes))
-        return jax.tree.map(lambda x: Ready(x.shape, x.dtype), jax.eval_shape(self._function, *args))
-
-    def trace(self, *shapes: Any) -> Any:
-        return self._function.trace(*shapes)
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[dict[Any, tuple[Recorder, str, Any]]]:
-    """Functions of ours that are jitted meanwhile are `Recorder`s; gives what they are called with."""
-
-    def jit(function, **options):
-        inner = function.func if isinstance(function, functools.partial) else function
-        return (Recorder if inner.__module__.startswith("moe_jax") else Recorder.jit)(function, **options)
-
-    Recorder.calls, jax.jit = {}, jit
-    try:
-        yield Recorder.calls
-    finally:
-        jax.jit = Recorder.jit
-
-
-def abstract_experts(a: Architecture) -> ExpertWeights:
-    """One expert in bfloat16, without memory."""
-    shapes: Any = {k: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for k, shape in a.expert_shapes().items()}
-    return ExpertWeights(**shapes)
-
-
 def calls_of(a: Architecture, batch: int) -> list[tuple[Recorder, str, Any]]:
     """What `Engine.compile` compiles for a batch of prompts that fill the cache."""
-
-    class AbstractStages(Stages):
-        def kv_cache(self, batch: int, capacity: int) -> Any:
-            shapes = MODULES[type(a.attention)].cache_shapes(a.attention, batch, capacity)
-            return [tuple(jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes) for _ in a.layers]
-
-    no_source: Any = None
     with recording() as calls:
-        stages, dense = AbstractStages(a, jnp.bfloat16), abstract_dense(a, jnp.bfloat16)
-        engine = Engine(stages, dense, no_source, max_seq_len=POSITIONS + NEW_TOKENS)
-        engine.compile([POSITIONS - NEW_TOKENS] * batch, NEW_TOKENS, abstract_experts(a))
+        abstract_engine(a).compile([POSITIONS - NEW_TOKENS] * batch, NEW_TOKENS, abstract_experts(a))
         return list(calls.values())
 
 

@@ -1,0 +1,200 @@
+"""What execution modes cost in quality, and what they gain: every mode with every predictor in one table.
+
+    python evaluate.py --config=configs/mixtral.py                        the shipped model and test texts
+    python evaluate.py --config.checkpoint=DIR --text=FILE --text=FILE    another model, other texts
+    python evaluate.py --predictors=router,learned --plot=FILE            FILE.png and FILE.svg of the trade-off
+    python evaluate.py --measure_recall --config.prefetch.checkpoint=DIR  what `hybrid` needs, once per predictor
+
+Perplexity, agreement and KL are of texts read token by token through decode steps, where modes act; times and bytes are
+of greedy generations of one prompt at a time, which take turns. See `moe_jax/inference/execution.py` for the modes.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from moe_jax import cli
+from moe_jax.errors import UserError
+
+MODES = ("exact", "speculative", "speculative_gated", "hybrid", "cache_aware")
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/mixtral.py", "Model, offload and prefetch configuration.")
+TEXT = flags.DEFINE_multi_string("text", [], "File to read; repeatable. Default: the shipped test texts.")
+CHOSEN = flags.DEFINE_list("modes", list(MODES), "Execution modes; exact is always there, to compare with.")
+PREDICTORS = flags.DEFINE_list("predictors", ["none", "router", "learned"], "Predictors to run each mode with.")
+TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens to read of each text, from its start.")
+WINDOW = flags.DEFINE_integer("window", 256, "Tokens of context: texts are cut into windows of so many.")
+ROWS = flags.DEFINE_integer("rows", 16, "Windows that decode together, a power of two.")
+PROMPTS = flags.DEFINE_integer("prompts", 2, "Prompts of each text to continue, for times and bytes.")
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Tokens to generate after each.")
+MEASURE_RECALL = flags.DEFINE_bool(
+    "measure_recall", False, "Measure how well each layer is predicted on --text, and store it with the predictor."
+)
+OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write everything to this file.")
+PLOT = flags.DEFINE_string("plot", None, "Write the trade-off as a picture to PLOT.png and PLOT.svg.")
+
+PROMPT_TOKENS = 48
+
+
+def main() -> None:
+    for flag in (OUTPUT_JSON, PLOT):
+        if flag.value and not Path(flag.value).absolute().parent.is_dir():
+            raise UserError(f"--{flag.name}={flag.value}: its folder does not exist")
+    if unknown := set(CHOSEN.value) - set(MODES):
+        raise UserError(f"--modes: {', '.join(sorted(unknown))} is not among {', '.join(MODES)}")
+    if ROWS.value < 1 or ROWS.value & (ROWS.value - 1):
+        raise UserError(f"--rows={ROWS.value} must be a power of two")
+    if WINDOW.value < 3 or TOKENS.value < WINDOW.value or PROMPTS.value < 1 or NEW_TOKENS.value < 2:
+        raise UserError("--window must be at least 3, --tokens a window, --prompts 1, --new_tokens 2")
+    if PLOT.value:
+        from moe_jax.analysis import pareto
+
+        pareto.check()
+
+    from moe_jax.config import Config
+    from moe_jax.evaluation import quality
+    from moe_jax.inference.session import Model
+
+    config = Config.from_dict(CONFIG.value.to_dict())
+    # What the configuration itself would run is beside the point; it must only load.
+    config = dataclasses.replace(
+        config, execution="exact", prefetch=dataclasses.replace(config.prefetch, predictor="none")
+    )
+    with cli.status("loading the model"):
+        model = Model(config)
+    texts = read_texts(model)
+    windows = {name: cut(ids) for name, ids in texts.items()}
+    rows = ROWS.value
+    steps = sum(-(-len(w) // rows) * rows * WINDOW.value for w in windows.values())
+    if MEASURE_RECALL.value:
+        measure_recall(model, windows, steps)
+        return
+    chosen = quality.ways(model, CHOSEN.value, PREDICTORS.value, rows)
+    distinct = list({way.reads_like: way for way in chosen}.values())
+    by_text, done = {}, 0
+    with cli.progress(
+        f"reading {sum(w.size for w in windows.values()):,} tokens in {len(distinct)} ways", steps
+    ) as advance:
+        for name, part in windows.items():
+            found = quality.read(distinct, part, rows, lambda n, done=done: advance(done + n))
+            by_text[name] = dict(zip([way.reads_like for way in distinct], found, strict=True))
+            done += -(-len(part) // rows) * rows * WINDOW.value
+    prompts = [
+        model.tokenizer.decode(ids[start : start + PROMPT_TOKENS].tolist())
+        for ids in texts.values()
+        for start in range(0, len(ids) - PROMPT_TOKENS, max(1, len(ids) // PROMPTS.value))
+    ]
+    with cli.progress(f"continuing {len(prompts)} prompts", (len(prompts) + 1) * len(chosen)) as advance:
+        speeds = quality.generate(model, chosen, prompts, NEW_TOKENS.value, advance)
+    table = [
+        quality.row(way, {name: found[way.reads_like] for name, found in by_text.items()}, speed)
+        for way, speed in zip(chosen, speeds, strict=True)
+    ]
+    print_table(table)
+    if OUTPUT_JSON.value:
+        document = {
+            "config": dataclasses.asdict(config),
+            "texts": {name: int(part.size) for name, part in windows.items()},
+            "window": WINDOW.value,
+            "new_tokens": NEW_TOKENS.value,
+            "ways": table,
+        }
+        Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+    if PLOT.value:
+        pareto.plot(table, PLOT.value)
+    model.close()
+
+
+def read_texts(model) -> dict:
+    """Token ids of each text, by file name."""
+    import numpy as np
+
+    from moe_jax.inference.session import shipped
+
+    folder, pattern = ("development", "*.txt") if MEASURE_RECALL.value else ("held_out", "held_out_*.txt")
+    names = TEXT.value or sorted(map(str, shipped(folder).glob(pattern)))
+    if not names:
+        raise UserError("no texts are shipped; name one with --text=FILE")
+    found = {}
+    for name in names:
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--text={name}: cannot be read as UTF-8 text ({error})") from None
+        ids = np.array(model.tokenizer.encode(text), np.int32)[: TOKENS.value]
+        if len(ids) < WINDOW.value:
+            raise UserError(f"--text={name} has {len(ids)} tokens; give at least --window={WINDOW.value}")
+        found[Path(name).stem] = ids
+    return found
+
+
+def cut(ids):
+    """Whole windows [W, T]; what is left over is not used."""
+    return ids[: len(ids) // WINDOW.value * WINDOW.value].reshape(-1, WINDOW.value)
+
+
+def measure_recall(model, windows: dict, steps: int) -> None:
+    """Recall by layer of every predictor, stored with the predictor for `hybrid`."""
+    import numpy as np
+
+    from moe_jax.evaluation import quality
+    from moe_jax.inference import execution
+
+    directory = model.predictor_directory()
+    if not directory:
+        raise UserError("recall is stored with a trained predictor; name its folder with --config.prefetch.checkpoint")
+    part, recall = np.concatenate(list(windows.values())), {}
+    for name in PREDICTORS.value:
+        if name != "none":
+            with cli.progress(f"recall of {name}", steps) as advance:
+                recall[name] = quality.recall_by_layer(model, name, part, ROWS.value, advance)
+            print(name, " ".join("-" if r is None else f"{100 * r:.1f}%" for r in recall[name]))
+    execution.store_recall(directory, recall, list(windows))
+    print(f"stored in {directory}")
+    model.close()
+
+
+def print_table(table: list) -> None:
+    """One line for each way."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title="quality: texts through decode steps; the rest: greedy generations, one prompt at a time")
+    pct = lambda x: "-" if x is None else f"{100 * x:.1f}%"
+    headings = (
+        "mode",
+        "predictor",
+        "perplexity",
+        "over exact",
+        "same choice",
+        "KL",
+        "departed",
+        "same text",
+        "TPOT ms",
+    )
+    for heading in (*headings, "hit rate", "waited MB", "demand MB", "speculative MB"):
+        shown.add_column(heading, justify="left" if heading in ("mode", "predictor") else "right")
+    for way in table:
+        q, s = way["quality"], way["speed"]
+        shown.add_row(
+            way["mode"],
+            way["predictor"],
+            f"{q['perplexity']:.3f}",
+            f"{100 * (q['perplexity_ratio'] - 1):+.2f}%",
+            pct(q["same_choice"]),
+            f"{q['kl']:.4f}",
+            pct(q["departed"]),
+            f"{s['agreement']:.1f}/{s['new_tokens']}",
+            f"{1e3 * s['tpot_s']:.2f}",
+            pct(s["hit_rate"]),
+            *(f"{s[name] / 1e6:.3f}" for name in ("waited_bytes", "demand_bytes", "speculative_bytes")),
+        )
+    console = Console()
+    Console(width=max(console.width, 150) if not console.is_terminal else None).print(shown)
+
+
+if __name__ == "__main__":
+    cli.run(main)

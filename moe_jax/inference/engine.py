@@ -21,13 +21,14 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.inference.execution import Execution, Plan
-from moe_jax.inference.grouping import arities, assign, bucket, unique_in_order
+from moe_jax.inference.grouping import arities, assign, bucket, padded, power_of_two, unique_in_order
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import KVCache, Routed, Stages
 from moe_jax.model.experts import ExpertSource, ExpertWeights
 from moe_jax.prediction.predictors import Features, Prediction
 
 SMALL_CHUNK = 32
+LEAST_CAPACITY = 256
 LARGE_EXPERT = 1 << 18
 """Parameters from which on an expert's computation is worth a call of its own: those that are here run while others
 are still on their way. Smaller ones share calls, since a call costs more than it could hide."""
@@ -108,7 +109,14 @@ class Engine:
         ordinal = {layer: i for i, layer in enumerate(self.architecture.moe_layers)}
         # Every layer, and its number among those that have experts: what sources, predictors and records count by.
         self.numbered = [(layer, ordinal.get(layer)) for layer in range(self.architecture.num_layers)]
-        self._single = [np.zeros((size, 1), np.int32) for size in range(9)]
+        # Rows and slots of `size` experts from the router's choice `start` on, for one row: put on the device once.
+        top_k = self.architecture.top_k
+        slots = lambda start, size: np.arange(start, start + size, dtype=np.int32)[:, None]
+        self._single = {
+            (start, size): jax.device_put((np.zeros((size, 1), np.int32), slots(start, size)))
+            for start in range(top_k)
+            for size in range(1, min(self.together, top_k - start) + 1)
+        }
 
     def use_predictor(self, predictor: tuple[Any, Any, Any] | None) -> None:
         """Replaces the predictor, its spec and its parameters; `compile` again before the next request."""
@@ -123,7 +131,7 @@ class Engine:
     # ---- prefill -----------------------------------------------------------------------------------------------
 
     def shapes(self, prompt_lengths: Sequence[int], new_tokens: int) -> tuple[int, int, int]:
-        """(B, tokens per row and chunk, cache capacity) of a request; powers of two, so that executables are few.
+        """(B, tokens per row and chunk, cache capacity) of a request: few values, so that executables are few.
 
         Raises:
           UserError: a prompt is empty or does not fit the context.
@@ -136,10 +144,10 @@ class Engine:
                 f"the prompt has {longest} tokens and leaves no room to generate in a context of {self.max_seq_len};"
                 " shorten it, or raise --config.max_seq_len if the model allows"
             )
-        batch = _power_of_two(len(prompt_lengths))
-        small, large = (max(1, rows // batch) for rows in (SMALL_CHUNK, self.prefill_chunk))
-        capacity = min(max(_power_of_two(longest + new_tokens), 64), max(self.max_seq_len, 64))
-        return batch, small if longest <= small else large, capacity
+        batch = padded(len(prompt_lengths))
+        small, large = SMALL_CHUNK, max(1, self.prefill_chunk // batch)
+        capacity = min(max(power_of_two(longest + new_tokens), LEAST_CAPACITY), max(self.max_seq_len, 64))
+        return batch, small if batch == 1 and longest <= small else large, capacity
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, sink: Sink | None = None
@@ -152,7 +160,7 @@ class Engine:
           sink: receives every layer's `Routed` (activation logging).
 
         Returns:
-          Float32 logits [B, V] after each prompt's last token (B a power of two; rows past the prompts are padding),
+          Float32 logits [B, V] after each prompt's last token (rows past the prompts are padding, see `padded`),
           and the state to decode from.
         """
         B, Tc, S = self.shapes([len(p) for p in prompts], new_tokens)
@@ -204,12 +212,10 @@ class Engine:
                     sink(layer, c, routed[c], outputs[c])
             x = [stages.combine(r.residual, o, r.gates, xc) for r, o, xc in zip(routed, outputs, x, strict=True)]
 
+        # The last token's residual of every row, through the host: the head then is decoding's executable.
         last = np.maximum(lengths - 1, 0)
-        logits = None
-        for c in sorted({int(p) // Tc for p in last[lengths > 0]}):
-            here = stages.head(self.dense, x[c], np.where(last // Tc == c, last % Tc, 0).astype(np.int32))
-            logits = here if logits is None else jnp.where((last // Tc == c)[:, None], here, logits)
-        assert logits is not None
+        ends = np.stack([np.asarray(x[p // Tc])[row, p % Tc] for row, p in enumerate(last.tolist())])
+        logits = stages.head(self.dense, ends[:, None], np.zeros(B, np.int32))
         seen = np.where(real[None, :, :, None], ids_by_layer, -1)
         if self.predictor is not None:
             state.predictor = self.predictor.prime(self.spec, seen)
@@ -223,7 +229,7 @@ class Engine:
         """One step: tokens int32 [B] enter at each row's position; returns float32 logits [B, V]. Updates `state`."""
         stages = self.stages
         # A row that has ended writes past its cache, that is nowhere.
-        positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None]
+        positions = jax.device_put(np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None])
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
         first = plan = None
@@ -296,7 +302,7 @@ class Engine:
         for start, group in groups:
             weights = self.source.take(layer, group)
             if single:
-                rows, slots = self._single[len(group)], np.arange(start, start + len(group), dtype=np.int32)[:, None]
+                rows, slots = self._single[start, len(group)]
             else:
                 rows, slots = assign(ids, active, group, ids.shape[0])
             outputs, after = self.stages.experts(outputs, routed.h, rows, slots, weights)
@@ -357,7 +363,7 @@ class Engine:
                     rows, slots = np.zeros((arity, size), np.int32), np.full((arity, size), B * T * a.top_k, np.int32)
                     outputs, _ = stages.experts(outputs, routed.h, rows, slots, (example,) * arity)
             x = stages.combine(routed.residual, outputs, routed.gates, x)
-            stages.head(self.dense, x, np.zeros(B, np.int32)).block_until_ready()
+        stages.head(self.dense, x, np.zeros(B, np.int32)).block_until_ready()
         if self.execution is not None:
             jax.block_until_ready(self.execution.warm_up(routed))
         if self.predictor is not None:
@@ -387,7 +393,3 @@ class Engine:
 def _any_row(probability: jax.Array, active: jax.Array) -> jax.Array:
     """P(some active row needs the expert) [H, E] from [B, H, E], rows taken as independent."""
     return 1 - jnp.prod(jnp.where(active[:, None, None], 1 - probability, 1.0), axis=0)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()

@@ -9,11 +9,22 @@ import numpy as np
 MAX_ARITY = 8
 
 
+def power_of_two(n: int) -> int:
+    """The smallest that is no less than n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def padded(batch: int) -> int:
+    """Rows of a batch with its padding: 1, 8, 16, 32, ...; all batches up to 8 share their executables."""
+    return 1 if batch == 1 else max(8, power_of_two(batch))
+
+
 def bucket(count: int, limit: int) -> int:
-    """Rows of one expert call: a power of four times two (2, 8, 32, ...) or 1, at most `limit`; few executables."""
+    """Rows of one expert call: 1, 8, 32, 128, ..., at most `limit`; few executables. Where calls are small, 2 as well:
+    two rows of a decoding batch often choose one expert."""
     size = 1
     while size < count:
-        size = 2 if size == 1 else size * 4
+        size = (2 if limit <= 8 else 8) if size == 1 else size * 4
     return min(size, limit)
 
 

@@ -19,6 +19,7 @@ from moe_jax.inference import execution, metrics
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.execution import Execution
 from moe_jax.inference.generate import Generation
+from moe_jax.inference.grouping import padded
 from moe_jax.inference.memory import auto_budget, reserve
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.inference.sampling import Sampling
@@ -112,7 +113,7 @@ class Model:
             limit, in_use = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
             if c.offload.tier == "host":
                 in_use = a.num_moe_layers * a.num_experts * self.checkpoint.expert_bytes
-        return auto_budget(limit, in_use, reserve(a, c.batch_size, positions, c.prefill_chunk, itemsize))
+        return auto_budget(limit, in_use, reserve(a, padded(c.batch_size), positions, c.prefill_chunk, itemsize))
 
     def predictor_directory(self) -> str:
         """Where the trained predictor is; empty: there is none."""

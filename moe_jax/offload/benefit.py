@@ -4,7 +4,9 @@ everything, there is nothing left for it to hide, and the best prefetcher is non
 from __future__ import annotations
 
 WINDOW = 16
-"""Tokens that the averages reach back over."""
+"""Tokens that the averages reach back over, and between two changes of mind."""
+TRIAL = 4
+"""Tokens that the first decision waits for."""
 
 
 class Benefit:
@@ -12,7 +14,7 @@ class Benefit:
 
     def __init__(self):
         self._on = True
-        self._tokens = 0
+        self._tokens = WINDOW - TRIAL
         self._stall = self._hidden = 0.0  # of the token that runs, seconds
         self._average: float | None = None
 

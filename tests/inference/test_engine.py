@@ -8,7 +8,7 @@ from moe_jax.checkpoint.families import mixtral
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.errors import UserError
 from moe_jax.inference.engine import Engine, Record
-from moe_jax.inference.grouping import arities, assign, bucket
+from moe_jax.inference.grouping import arities, assign, bucket, padded
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.prediction import predictors
@@ -100,7 +100,7 @@ def test_a_predictor_that_was_not_asked_for_a_while_is_told_what_it_has_missed(m
         source.wanted, found = iter(wanted), []
         for token in range(len(wanted)):
             source.offered = []
-            engine.decode(np.array([token + 7, 3 * token], np.int32), state)
+            engine.decode(np.array([token + 7, 3 * token, *[0] * 6], np.int32), state)
             found.append([probabilities for _, _, probabilities in source.offered])
         return found
 
@@ -145,12 +145,12 @@ def test_rows_that_ended_change_nothing_for_the_others(model):
     expected = greedy(engine, rows, 3)
     logits, state = engine.prefill(rows, 3)
     tokens = np.asarray(logits).argmax(-1).astype(np.int32)
-    state.active = np.array([True, False])
+    state.active = np.arange(8) == 0
     for step in range(1, 4):
         logits = np.asarray(engine.decode(tokens, state))
         close(logits[0], expected[step, 0])  # fewer rows in a bucket may round differently
         tokens = logits.argmax(-1).astype(np.int32)
-    assert state.lengths.tolist() == [12, 5]
+    assert state.lengths.tolist() == [12, 5, *[0] * 6]
 
 
 def test_prompts_that_do_not_fit_are_refused(model):
@@ -165,7 +165,9 @@ def test_prompts_that_do_not_fit_are_refused(model):
 def test_grouping():
     assert [arities(n, 2) for n in (1, 2, 5)] == [[1], [2], [2, 2, 1]]
     assert arities(13, 8) == [8, 4, 1] and arities(6, 6) == [4, 2] and arities(3, 1) == [1, 1, 1]
-    assert [bucket(n, 256) for n in (1, 2, 3, 8, 9, 33, 200)] == [1, 2, 8, 8, 32, 128, 256]
+    assert [bucket(n, 256) for n in (1, 2, 3, 8, 9, 33, 200)] == [1, 8, 8, 8, 32, 128, 256]
+    assert [bucket(n, 8) for n in (1, 2, 3, 8)] == [1, 2, 8, 8] and bucket(3, 4) == 4
+    assert [padded(n) for n in (1, 2, 8, 9, 17)] == [1, 8, 8, 16, 32]
     ids = np.array([[4, 1], [1, 0], [2, 4]])
     rows, slots = assign(ids, np.array([True, True, False]), [1, 4], 4)
     assert rows.tolist() == [[0, 1], [0, 0]] and slots.tolist() == [[1, 2], [0, 6]]

@@ -1,0 +1,43 @@
+"""When predicting pays."""
+
+from moe_jax.offload.benefit import TRIAL, WINDOW, Benefit
+
+
+def tokens(benefit, count, *, hidden=0.0, stall=0.0, cost=1.0):
+    """The decisions of so many tokens, in each of which one expert was found early and one waited for."""
+    decisions = []
+    for _ in range(count):
+        benefit.found(1, hidden)
+        benefit.stalled(stall)
+        decisions.append(benefit.pays(cost))
+    return decisions
+
+
+def test_predictions_that_hide_less_than_they_cost_end_after_a_trial():
+    assert tokens(Benefit(), TRIAL + 20, hidden=0.9, stall=0.5) == [True] * (TRIAL - 1) + [False] * 21
+
+
+def test_predictions_that_pay_go_on():
+    assert all(tokens(Benefit(), 100, hidden=1.1))
+
+
+def test_waiting_brings_them_back_if_there_is_clearly_more_to_hide_than_they_cost():
+    benefit = Benefit()
+    tokens(benefit, TRIAL)
+    assert not any(tokens(benefit, 3 * WINDOW, stall=1.9))
+    decisions = tokens(benefit, 20 * WINDOW, stall=2.5, hidden=2.5)
+    assert decisions[-1] and decisions == sorted(decisions)  # once, and for good
+
+
+def test_one_slow_token_changes_nothing():
+    benefit = Benefit()
+    tokens(benefit, 2 * WINDOW)
+    assert not any(tokens(benefit, 1, stall=20.0) + tokens(benefit, WINDOW))
+
+
+def test_several_layers_of_a_token_add_up():
+    benefit = Benefit()
+    for _ in range(3 * WINDOW):
+        benefit.found(2, 0.3)
+        benefit.found(1, 0.5)
+        assert benefit.pays(1.0)

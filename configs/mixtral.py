@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     c.prefetch.checkpoint = ""  # the shipped predictor
     c.execution = "exact"  # exact | speculative | speculative_gated | hybrid | cache_aware
     c.speculation = ConfigDict()
-    c.speculation.threshold = 0.9  # hybrid: layers whose recall on validation text is below run exactly
+    c.speculation.threshold = 0.5  # hybrid: layers whose recall on validation text is below run exactly
     c.speculation.bonus = 0.5  # cache_aware: added to the router logits of experts on the device
     c.dtype = "float32"  # float32 | bfloat16
     c.max_seq_len = 0  # as many positions as the model allows

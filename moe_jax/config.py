@@ -94,7 +94,7 @@ class SpeculationConfig:
       bonus: "cache_aware" prefers an expert on the device to one whose router logit is at most this much higher.
     """
 
-    threshold: float = 0.9
+    threshold: float = 0.5
     bonus: float = 0.5
 
 

@@ -18,10 +18,12 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.inference import execution, metrics
 from moe_jax.inference.engine import DecodeState, Engine, Record
+from moe_jax.inference.resident import ResidentExperts
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.session import Model
 from moe_jax.model.architecture import Routing
 from moe_jax.model.decoder import Routed
+from moe_jax.model.experts import ExpertSource
 from moe_jax.offload.source import OffloadedExperts
 from moe_jax.trace import Trace
 
@@ -60,6 +62,7 @@ def ways(model: Model, modes: Sequence[str], names: Sequence[str], rows: int) ->
     base, source = model.engine, model.engine.source
     if not isinstance(source, OffloadedExperts):
         raise UserError("bytes and times of execution modes need experts off the device: --config.offload.tier=host")
+    reading = reading_source(model)
     loaded = {name: model.predictor(name, base.dense) for name in names}
     found = []
     for mode in dict.fromkeys(["exact", *modes]):
@@ -70,17 +73,31 @@ def ways(model: Model, modes: Sequence[str], names: Sequence[str], rows: int) ->
                 Engine(
                     base.stages,
                     base.dense,
-                    source,
+                    experts,
                     loaded[name],
                     base.prefill_chunk,
                     base.max_seq_len,
                     model.execution(mode, loaded[name], source.store, base.dense, share),
                 )
                 # The rows of a batch share the budget; windows that only decode together for speed do not.
-                for share in (rows, 1)
+                for experts, share in ((reading, rows), (source, 1))
             ]
             found.append(Way(mode, name, engines[0], engines[1]))
     return found
+
+
+def reading_source(model: Model) -> ExpertSource:
+    """Where texts are read from: all experts on the device if they are few, as a batch needs nearly all at each step.
+
+    What modes run does not depend on it.
+    """
+    a, spec = model.checkpoint.architecture, model.checkpoint.expert_spec
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(spec))
+    few = a.num_moe_layers * a.num_experts * size <= RESIDENT_BYTES
+    return ResidentExperts(model.checkpoint) if few else model.engine.source
+
+
+RESIDENT_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +190,12 @@ def recall_by_layer(
     base, a = model.engine, model.checkpoint.architecture
     watching = _Watching(a.routing, a.num_moe_layers)
     engine = Engine(
-        base.stages, base.dense, base.source, model.predictor(name, base.dense), base.prefill_chunk, execution=watching
+        base.stages,
+        base.dense,
+        reading_source(model),
+        model.predictor(name, base.dense),
+        base.prefill_chunk,
+        execution=watching,
     )
     read([Way("exact", name, engine, engine)], windows, rows, progress)
     return [float(h / n) if n else None for h, n in zip(watching.hits, watching.asked, strict=True)]

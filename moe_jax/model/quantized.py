@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.model.primitives import linear
 
+_BLOCK = 3 << 20  # weights
 GROUP = 32
 """Consecutive inputs that share a scale in `Int4`."""
 
@@ -52,17 +53,31 @@ MATRICES = {"int8": Int8, "int4": Int4, "mxfp4": Mxfp4}
 
 def project(x: jax.Array, weight: Matrix, bias: jax.Array | None = None) -> jax.Array:
     """`x [R, in]` times `weight [out, in]` transposed, plus `bias [out]`, computed in x's dtype: `[R, out]`."""
-    bias = None if bias is None else bias.astype(x.dtype)
-    if isinstance(weight, Int8):
-        y = linear(x, weight.values) * weight.scale.astype(x.dtype)
-    elif isinstance(weight, Int4):
-        y = _project_int4(x, weight)
-    elif isinstance(weight, Mxfp4):
-        even, odd = _widened(mxfp4_values(weight, x.dtype))
-        y = linear(x[:, ::2], even) + linear(x[:, 1::2], odd)
-    else:
+    if not isinstance(weight, Int8 | Int4 | Mxfp4):
         return linear(x, weight if weight.dtype == jnp.bfloat16 else weight.astype(x.dtype), bias)
-    return y if bias is None else y + bias
+    y = jax.lax.platform_dependent(x, weight, cpu=_in_blocks, default=_project)
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def _project(x: jax.Array, weight: Int8 | Int4 | Mxfp4) -> jax.Array:
+    if isinstance(weight, Int8):
+        return linear(x, weight.values) * weight.scale.astype(x.dtype)
+    if isinstance(weight, Int4):
+        return _project_int4(x, weight)
+    even, odd = _widened(mxfp4_values(weight, x.dtype))
+    return linear(x[:, ::2], even) + linear(x[:, 1::2], odd)
+
+
+def _in_blocks(x: jax.Array, weight: Int8 | Int4 | Mxfp4) -> jax.Array:
+    """Blocks of outputs one after the other: what a block is widened to stays in the processor's cache."""
+    out, blocks = len(weight[0]), 1
+    if not (isinstance(weight, Int8) and len(x) == 1):  # which makes no copy
+        while out // blocks * x.shape[1] > _BLOCK and out % (2 * blocks) == 0:
+            blocks *= 2
+    if blocks == 1:
+        return _project(x, weight)
+    split = jax.tree.map(lambda part: part.reshape(blocks, out // blocks, *part.shape[1:]), weight)
+    return jax.lax.map(lambda block: _project(x, block), split).swapaxes(0, 1).reshape(len(x), out)
 
 
 def _project_int4(x: jax.Array, weight: Int4) -> jax.Array:

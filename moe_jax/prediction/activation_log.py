@@ -93,6 +93,12 @@ class ActivationLog:
                 raise UserError(f"{file} is damaged; delete {directory}")
         else:
             self.directory.mkdir(parents=True, exist_ok=True)
+            np.savez(
+                self.directory / "windows.npz",
+                tokens=windows.tokens,
+                lengths=windows.lengths,
+                documents=windows.documents,
+            )
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(manifest, indent=1) + "\n")
             os.replace(partial, file)

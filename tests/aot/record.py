@@ -28,6 +28,9 @@ class Ready(jax.ShapeDtypeStruct):
     def block_until_ready(self) -> Ready:
         return self
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.zeros(self.shape, dtype or self.dtype)
+
 
 def _result(x: jax.ShapeDtypeStruct) -> Any:
     """In the place of a result: its shape. Of the router's choice (int32 [R, K]) K different experts a row."""

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from moe_jax.model import quantized
 from moe_jax.model.quantized import GROUP, Int4, Int8, Mxfp4, project
 
 rng = np.random.default_rng(0)
@@ -66,6 +67,18 @@ def test_computes_in_the_dtype_of_the_input(make):
     assert got.dtype == jnp.bfloat16
     want = np.asarray(x, np.float32) @ plain.T
     np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.03 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("make", [int8, int4, mxfp4])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_blocks_of_outputs_are_the_whole(make, rows, monkeypatch):
+    monkeypatch.setattr(quantized, "_BLOCK", 3 * 64)
+    weight, plain = make(12, 64)
+    x = rng.normal(size=(rows, 64)).astype(np.float32)
+    traced = jax.jit(lambda x, weight: project(x, weight))
+    want = x @ plain.T
+    np.testing.assert_allclose(traced(x, weight), want, atol=2e-5 * np.abs(want).max())
+    assert ("while" in traced.lower(x, weight).as_text()) == (make is not int8 or rows > 1)
 
 
 def test_plain_arrays_are_cast():

@@ -106,7 +106,8 @@ def test_a_predictor_that_was_not_asked_for_a_while_is_told_what_it_has_missed(m
 
     always, now_and_then = offered(*[True] * 6), offered(True, False, False, True, True, False)
     assert [bool(step) for step in now_and_then] == [True, False, False, True, True, False]
-    for step in (0, 3, 4):
+    # What `learned` keeps of hidden states cannot be told afterwards; it is there again one token later.
+    for step in (0, 3, 4) if name == "router" else (0, 4):
         np.testing.assert_array_equal(now_and_then[step], always[step])
 
 

@@ -174,7 +174,7 @@ def _row(lab: Lab, mode: Mode, runs: Sequence[Measured], used: Sequence[Request]
         "tpot_by_turn_s": [run.mean_s for run in runs],
         "ttft_s": float(np.median([run.ttft_s for run in runs])),
         "recall": None if runs[0].recall is None else float(np.mean([run.recall for run in runs])),  # pyright: ignore
-        "predictor_s_per_token": lab.predictor_seconds(mode, len(used[0].prompts)),
+        "predictor_s_per_token": lab.predictor_seconds(mode, len(used[0].record.active[0])),
         "device_budget_bytes": None,
         "peak_device_cache_bytes": None,
         "loads_per_token": None,

@@ -176,7 +176,7 @@ def print_table(table: list) -> None:
         "TPOT ms",
     )
     for heading in (*headings, "hit rate", "waited MB", "demand MB", "speculative MB"):
-        shown.add_column(heading, justify="left" if heading in ("mode", "predictor") else "right")
+        shown.add_column(heading, justify="left" if heading in ("mode", "predictor") else "right", no_wrap=True)
     for way in table:
         q, s = way["quality"], way["speed"]
         shown.add_row(
@@ -193,7 +193,7 @@ def print_table(table: list) -> None:
             *(f"{s[name] / 1e6:.3f}" for name in ("waited_bytes", "demand_bytes", "speculative_bytes")),
         )
     console = Console()
-    Console(width=max(console.width, 150) if not console.is_terminal else None).print(shown)
+    Console(width=max(console.width, 180) if not console.is_terminal else None).print(shown)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ class MoeJax(TemplateLM):
         for name, value in fields.items():
             if name in _LM_EVAL or (name == "batch_size" and not str(value).isdigit()):  # "auto"
                 continue
-            value = int(value) if name == "batch_size" else value
+            value = (
+                int(value) if name == "batch_size" else "none" if value is None else value
+            )  # lm_eval reads "none" so
             *groups, last = _SHORT.get(name, name).split(".")
             place = values
             for group in groups:

@@ -56,7 +56,7 @@ class Model:
         a = self.checkpoint.architecture
         stages = Stages(a, jnp.dtype(config.dtype))
         dense = device_weights(self.checkpoint.dense(), stages.dtype)
-        predictor = self.predictor(config.prefetch.predictor, dense)
+        predictor = self.predictor(self.config.prefetch.predictor, dense)
         if config.max_seq_len > a.max_seq_len:
             raise UserError(
                 f"--config.max_seq_len={config.max_seq_len} is more than the model's {a.max_seq_len} positions"

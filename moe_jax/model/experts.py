@@ -100,5 +100,7 @@ def run_experts(
       The updated slots, and a scalar that is ready exactly when this computation has completed.
     """
     for a, expert in enumerate(weights):
-        outputs = outputs.at[slots[a]].set(run_expert(h[rows[a]], expert, activation), mode="drop")
+        outputs = outputs.at[slots[a]].set(
+            run_expert(h[rows[a]], expert, activation).astype(outputs.dtype), mode="drop"
+        )
     return outputs, outputs[0, 0]

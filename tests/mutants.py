@@ -48,8 +48,8 @@ MUTANTS = {
         {
             "        groups, start = [], 0\n": "        groups, start = [], 0\n"
             "        self.arrival = np.argsort([rank[expert] for expert in needed]) if single else slice(None)\n",
-            "combine(routed.residual, outputs, routed.gates, x)\n            if": "combine("
-            "routed.residual, outputs[self.arrival], routed.gates[:, self.arrival], x)\n            if",
+            "combine(routed.residual, outputs, gates, x)": "combine("
+            "routed.residual, outputs[self.arrival], gates[:, self.arrival], x)",
         },
         LOSSLESS,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import cast
 
 import numpy as np
 
@@ -22,4 +23,4 @@ class KeySet(Collection[Key]):
         return zip(*(axis.tolist() for axis in np.nonzero(self.table)), strict=True)
 
     def __contains__(self, key: object) -> bool:
-        return bool(self.table[key])  # pyright: ignore[reportArgumentType]  keys of the table's size only
+        return bool(self.table[cast(Key, key)])

@@ -50,5 +50,6 @@ def test_blocks_that_nobody_sees_are_not_read():
     k[:, :BLOCK], k[:, 3 * BLOCK :] = np.nan, np.nan
     v[:, :BLOCK], v[:, 3 * BLOCK :] = np.nan, np.nan
     positions = np.broadcast_to(40 + np.arange(T, dtype=np.int32), (B, T))
-    assert np.isfinite(attend_cache(*map(jnp.asarray, (q, k, v, positions)), 0.3, window=20)).all()
-    assert np.isnan(attend_cache(*map(jnp.asarray, (q, k, v, positions + 3)), 0.3, window=30)).any()
+    q, k, v, positions = (jnp.asarray(x) for x in (q, k, v, positions))
+    assert np.isfinite(attend_cache(q, k, v, positions, 0.3, window=20)).all()
+    assert np.isnan(attend_cache(q, k, v, positions + 3, 0.3, window=30)).any()

@@ -81,7 +81,7 @@ def main() -> None:
 
     def score(name, log):
         own = predictors.params_of(name, spec, parts, weights, c["seed"])
-        return metrics.evaluate((predictors.BASELINES | predictors.TRAINED)[name], own, spec, log)
+        return metrics.evaluate(predictors.named(name), own, spec, log)
 
     chosen_by = {name: score(name, logs["validation"]) for name in best_per_layer.CANDIDATES}
     recall, first = ({name: getattr(s, field) for name, s in chosen_by.items()} for field in ("recall", "first"))

@@ -5,28 +5,37 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_type_hints
 
 from moe_jax.errors import UserError
 
+# Predictors and eviction policies: by name, the class, which is all that it takes to add one besides its file.
+PREDICTORS = {
+    "none": "",
+    "random": "moe_jax.prediction.memory:Random",
+    "frequency": "moe_jax.prediction.memory:Frequency",
+    "repeat": "moe_jax.prediction.memory:Repeat",
+    "router": "moe_jax.prediction.lookahead:Router",
+    "default_vector": "moe_jax.prediction.lookahead:DefaultVector",
+    "learned": "moe_jax.prediction.learned:Learned",
+    "best_per_layer": "moe_jax.prediction.best:BestPerLayer",
+    "oracle": "moe_jax.prediction.oracle:Oracle",
+}
+POLICIES = {
+    "lru": "moe_jax.offload.policies:LRU",
+    "lfu": "moe_jax.offload.policies:LFU",
+    "least_stale": "moe_jax.offload.policies:LeastStale",
+    "predicted": "moe_jax.offload.policies:Predicted",
+    "belady": "moe_jax.offload.policies:Belady",
+}
 # Accepted values by field. A value of the design that is missing here is not implemented yet.
-_CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, Collection[str]] = {
     "offload.tier": ("none", "host", "disk"),
-    "offload.policy": ("lru", "lfu", "least_stale", "predicted", "belady"),
+    "offload.policy": POLICIES,
     "offload.upcast": ("stage", "arrival"),
     "offload.budget_scope": ("global", "layer"),
-    "prefetch.predictor": (
-        "none",
-        "random",
-        "frequency",
-        "repeat",
-        "router",
-        "default_vector",
-        "learned",
-        "best_per_layer",
-        "oracle",
-    ),
+    "prefetch.predictor": PREDICTORS,
     "execution": ("exact", "speculative", "speculative_gated", "hybrid", "cache_aware"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -173,4 +182,4 @@ def suggestion(word: str, known: Any) -> str:
 
 def choices(field: str) -> tuple[str, ...]:
     """What a field accepts, for instance "offload.policy"."""
-    return _CHOICES[field]
+    return tuple(_CHOICES[field])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,13 @@ import jax
 
 from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
-from moe_jax.config import OffloadConfig
+from moe_jax.config import POLICIES, OffloadConfig
 from moe_jax.errors import UserError
 from moe_jax.model.experts import Key
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.disk import DiskBank
 from moe_jax.offload.host_cache import HostCache
-from moe_jax.offload.policies import POLICIES, Eviction
+from moe_jax.offload.policies import Belady, Eviction
 from moe_jax.offload.settings import Settings
 from moe_jax.offload.source import OffloadedExperts, check_budget, parse_budget
 from moe_jax.offload.widen import WidenedBank, widened_bytes
@@ -86,13 +87,13 @@ def _disk_bank(
 
 def _policy(config: OffloadConfig, future: Sequence[Key] | None) -> Eviction:
     if config.policy != "belady":
-        return POLICIES[config.policy]()
+        return pkgutil.resolve_name(POLICIES[config.policy])()
     if future is not None:
-        return POLICIES["belady"](future)
+        return Belady(future)
     if not config.trace:
         raise UserError(
             "--config.offload.policy=belady needs the future: record the same run once with --trace=FILE,"
             " then give --config.offload.trace=FILE"
         )
     steps = Trace.read(config.trace).steps()
-    return POLICIES["belady"]([(step.layer, expert) for step in steps for expert in step.needed])
+    return Belady([(step.layer, expert) for step in steps for expert in step.needed])

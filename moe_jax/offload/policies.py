@@ -1,4 +1,4 @@
-"""Eviction policies: small pure things, testable from a table."""
+"""Eviction policies: small pure things, testable from a table. `config.POLICIES` names them."""
 
 from __future__ import annotations
 
@@ -161,13 +161,3 @@ class Belady:
             return at[index] if index < len(at) else float("inf")
 
         return max(candidates, key=following)
-
-
-POLICIES: dict[str, type[Any]] = {
-    "lru": LRU,
-    "lfu": LFU,
-    "least_stale": LeastStale,
-    "predicted": Predicted,
-    "belady": Belady,
-}
-"""By `config.offload.policy`; `belady` takes the uses of a trace."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.config import PREDICTORS
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
 from moe_jax.prediction import saved
@@ -20,7 +22,6 @@ from moe_jax.prediction.memory import Frequency, Random, Repeat
 from moe_jax.prediction.oracle import Oracle
 
 __all__ = [
-    "BASELINES",
     "TRAINED",
     "BestPerLayer",
     "DefaultVector",
@@ -30,11 +31,15 @@ __all__ = [
     "Oracle",
     "Prediction",
 ]
-__all__ += ["Predictor", "Random", "Repeat", "Router", "Spec", "load", "params_of"]
+__all__ += ["Predictor", "Random", "Repeat", "Router", "Spec", "load", "named", "params_of"]
 
 
-BASELINES: dict[str, Predictor] = {p.name: p for p in (Random(), Frequency(), Repeat(), Router())}
-TRAINED: dict[str, Predictor] = {p.name: p for p in (DefaultVector(), Learned(), BestPerLayer())}
+TRAINED = (DefaultVector.name, Learned.name, BestPerLayer.name)
+
+
+def named(name: str) -> Predictor:
+    """The predictor of this name, one of `config.PREDICTORS` but "none"; its parameters are another matter."""
+    return pkgutil.resolve_name(PREDICTORS[name])()
 
 
 def params_of(name: str, spec: Spec, parts: ModelParts, weights: dict[str, Any], seed: int = 0) -> Any:
@@ -48,7 +53,7 @@ def params_of(name: str, spec: Spec, parts: ModelParts, weights: dict[str, Any],
         used = [candidate for number, candidate in enumerate(CANDIDATES) if (best == number).any()]
         own = {candidate: params_of(candidate, spec, parts, weights, seed) for candidate in used}
         return own | {"best": jnp.asarray(best)}
-    return BASELINES[name].init(jax.random.key(seed), spec, parts)
+    return named(name).init(jax.random.key(seed), spec, parts)
 
 
 def load(
@@ -68,11 +73,8 @@ def load(
     if name == "none":
         return None
     spec, parts = Spec.of(architecture, horizon), ModelParts.of(dense)
-    known = BASELINES | TRAINED
-    if name == Oracle.name:
-        Oracle().init(jax.random.key(seed), spec, parts)  # says why not
-    if name not in known:
-        raise UserError(f"unknown predictor {name!r}; choose none, {', '.join(known)} or {Oracle.name}")
+    if name not in PREDICTORS:
+        raise UserError(f"unknown predictor {name!r}; choose {', '.join(PREDICTORS)}")
     weights: dict[str, Any] = {}
     if name in TRAINED:
         if not str(directory):
@@ -81,4 +83,4 @@ def load(
                 " pass it with --config.prefetch.checkpoint=DIR, or choose --config.prefetch.predictor=router"
             )
         weights = saved.load(directory, spec, fingerprint(architecture, dense))
-    return known[name], spec, params_of(name, spec, parts, weights, seed)
+    return named(name), spec, params_of(name, spec, parts, weights, seed)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from moe_jax.offload.policies import LFU, LRU, POLICIES, Belady, LeastStale, Predicted
+from moe_jax.offload.policies import LFU, LRU, Belady, LeastStale, Predicted
 
 A, B, C, D = (0, 0), (0, 1), (1, 0), (1, 1)
 KEYS = [A, B, C, D]
@@ -71,9 +71,8 @@ def test_a_speculative_load_is_no_use_of_its_layer(policy, victim):
     assert policy.victim(state, dict.fromkeys(candidates), expected) == victim
 
 
-@pytest.mark.parametrize("name", ["lru", "lfu", "least_stale"])
-def test_two_states_are_independent(name):
-    policy = POLICIES[name]()
+@pytest.mark.parametrize("policy", [LRU(), LFU(), LeastStale()])
+def test_two_states_are_independent(policy):
     first, second = policy.init(), policy.init()
     first = policy.on_use(policy.on_use(first, A), B)
     second = policy.on_use(policy.on_use(second, B), A)
@@ -105,4 +104,4 @@ def test_belady_loads_as_few_as_any_choice_of_victims(uses, capacity):
         return 1 + min(least(at + 1, rest | {uses[at]}) for rest in kept)
 
     assert loads(Belady(uses), uses, capacity) == least(0, frozenset())
-    assert all(loads(POLICIES[name](), uses, capacity) >= least(0, frozenset()) for name in ("lru", "lfu"))
+    assert all(loads(policy, uses, capacity) >= least(0, frozenset()) for policy in (LRU(), LFU()))

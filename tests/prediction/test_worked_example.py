@@ -18,15 +18,14 @@ TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8
 
 
 @pytest.fixture
-def fading(monkeypatch):
-    scope: dict = {}
+def fading(monkeypatch, tmp_path):
+    """One file, and one line."""
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    exec(compile(code, "CONTRIBUTING.md", "exec"), scope)
-    predictor = scope["Fading"]()
-    monkeypatch.setitem(predictors.BASELINES, predictor.name, predictor)
-    choices = config._CHOICES["prefetch.predictor"]
-    monkeypatch.setitem(config._CHOICES, "prefetch.predictor", (*choices, predictor.name))
-    return predictor
+    (name, module, found) = re.findall(r'`"(\w+)": "moe_jax\.prediction\.(\w+):(\w+)",`', TEXT)[0]
+    (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(config.PREDICTORS, name, f"{module}:{found}")
+    return predictors.named(name)
 
 
 def test_it_remembers_what_it_was_told(fading):

@@ -232,19 +232,22 @@ class Engine:
         positions = jax.device_put(np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None])
         x = stages.embed(self.dense, tokens[:, None])
         self.source.begin_token(state.step)
-        first = plan = None
+        plan, said = (
+            None,
+            None,
+        )  # of the next layer; a prediction that has not been read: the layer it was made at, and it
         predicting, true = self._predicting(state), []
         if predicting and self._begin is not None:
             (first, plan), state.predictor = self._begin(self.predictor_params, state.predictor, x[:, 0], state.active)
+            said = -1, first
         for index, layer in self.numbered:
             if layer is None:
                 x = stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
                 continue
             routed = stages.route(index, self.dense, state.rope, x, positions, state.kv)
-            if first is not None and layer == 0:
-                # Read once layer 0 is dispatched: copies start while its attention runs.
-                self.source.offer(-1, np.asarray(first))
             predicted = self._start_prediction(layer, routed, state) if predicting else None
+            # Read only now: this layer's demand does not wait for it, and the device has work while the host reads.
+            self._offer(said)
             if self.execution is None:
                 ids, gates = np.asarray(routed.ids), routed.gates
             else:  # a planned layer is dispatched without waiting for its router
@@ -252,17 +255,14 @@ class Engine:
             outputs = self._run_layer(layer, routed, ids, state.active)
             x = stages.combine(routed.residual, outputs, gates, x)
             true.append(np.asarray(routed.ids))
-            probabilities = None
+            said = None
             if predicted is not None:
-                # Read after this layer's experts are dispatched: the demand never waits for the predictor.
-                said, plan = predicted
-                probabilities = np.asarray(said)
-                if np.isnan(probabilities[0, 0]):
-                    assert self.predictor is not None
-                    raise UserError(f"predictor {self.predictor.name}: the run is not the one it was made for")
-                self.source.offer(layer, probabilities)
-            if self.record:
-                self.record.predicted.append(None if probabilities is None else probabilities[0])
+                probabilities, plan = predicted
+                said = layer, probabilities
+            elif self.record:
+                self.record.predicted.append(None)
+        logits = stages.head(self.dense, x, np.zeros(x.shape[0], np.int32))
+        self._offer(said)
         if self.record:  # only now: an interrupted step is not one
             self.record.active.append(state.active)
             self.record.lengths.append(state.lengths)
@@ -272,7 +272,19 @@ class Engine:
             state.unseen.append(np.where(state.active[:, None], true, -1))
         state.lengths = state.lengths + state.active
         state.step += 1
-        return stages.head(self.dense, x, np.zeros(x.shape[0], np.int32))
+        return logits
+
+    def _offer(self, said: tuple[int, jax.Array] | None) -> None:
+        """Reads a prediction [H, E] made at a layer (-1: before layer 0), if there is one, and passes it on."""
+        if said is None:
+            return
+        layer, probabilities = said[0], np.asarray(said[1])
+        if layer >= 0 and np.isnan(probabilities[0, 0]):
+            assert self.predictor is not None
+            raise UserError(f"predictor {self.predictor.name}: the run is not the one it was made for")
+        self.source.offer(layer, probabilities)
+        if self.record and layer >= 0:
+            self.record.predicted.append(probabilities[0])
 
     def _predicting(self, state: DecodeState) -> bool:
         """Whether this step makes predictions; if so, the predictor is first told of the steps that it has missed."""

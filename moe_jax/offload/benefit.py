@@ -14,9 +14,10 @@ class Benefit:
 
     def __init__(self):
         self._on = True
-        self._tokens = WINDOW - TRIAL
+        self._tokens = -1  # weighed since the last change of mind; the first call speaks of the prompt, not of a token
+        self._least = TRIAL  # of them before the next one
         self._stall = self._hidden = 0.0  # of the token that runs, seconds
-        self._average: float | None = None
+        self._average = 0.0
 
     def found(self, prefetched: int, load_s: float) -> None:
         """A layer found so many experts in place through speculation; waiting for each would have taken `load_s`."""
@@ -33,10 +34,11 @@ class Benefit:
         that they could hide. The gap between the two thresholds keeps the answer from changing with every token.
         """
         gain = self._hidden if self._on else self._stall
-        self._average = gain if self._average is None else self._average + (gain - self._average) / WINDOW
         self._stall = self._hidden = 0.0
         self._tokens += 1
-        if self._tokens >= WINDOW and self._on != (self._average > cost_s * (1 if self._on else 2)):
+        if self._tokens:
+            self._average += (gain - self._average) / min(self._tokens, WINDOW)
+        if self._tokens >= self._least and self._on != (self._average > cost_s * (1 if self._on else 2)):
             self._on = not self._on
-            self._tokens, self._average = 0, None
+            self._tokens, self._least, self._average = 0, WINDOW, 0.0
         return self._on

@@ -22,8 +22,8 @@ from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.bank import Transfer
 from moe_jax.offload.buffers import Buffers
 
-SLICE_BYTES = 1 << 20
-"""Bytes read at once: on the disks seen, larger reads are no faster, and this is what a demand may have to wait for."""
+SLICE_BYTES = 1 << 21
+"""Bytes read at once: what a demand may have to wait for. Smaller reads cost threads more turns than they win."""
 
 
 class DiskBank:
@@ -81,7 +81,13 @@ class DiskBank:
         return self.buffers.lend()
 
     def arrays(self, key: Key, memory: np.ndarray) -> ExpertWeights:
-        """The expert that was read into `memory`, on the device."""
+        """The expert that was read into `memory`, on the device.
+
+        Raises:
+          OSError: its file is not the one that was opened; the text names it.
+        """
+        # The bytes may be good, but a file that changes under a run is no bank any more.
+        self._files[self._blocks[key].file].check()
         weights = self._checkpoint.expert_views(*key, memory)
         for memory_kind in self._route:
             weights = jax.block_until_ready(jax.device_put(weights, memory_kind))
@@ -137,9 +143,8 @@ class _File:
             if self._direct and error.errno == errno.EINVAL:  # some file systems refuse only the read
                 self.close()
                 self._be_buffered()
-            self._check()
+            self.check()
             self._read(part, offset)  # a second time, for the errors that pass
-        self._check()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -162,8 +167,8 @@ class _File:
         if not self._direct:
             os.posix_fadvise(self._handle, offset, len(part), os.POSIX_FADV_DONTNEED)
 
-    def _check(self) -> None:
-        """The bytes may be good, but a file that changes under a run is no bank any more."""
+    def check(self) -> None:
+        """Raises OSError if the file was truncated, replaced or removed since it was opened."""
         try:
             now = _identity(os.stat(self._path))
         except FileNotFoundError:

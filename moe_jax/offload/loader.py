@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ import numpy as np
 from moe_jax.errors import LoadError
 from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.benefit import Benefit
+from moe_jax.offload.keys import KeySet
 from moe_jax.offload.outlook import Outlook
 from moe_jax.offload.store import ArrayStore
 from moe_jax.trace import Cause, Load, Outcome, Trace
@@ -72,6 +73,7 @@ class Loader:
         self._layer = 0
         self._layer_s = self._copy_s = 0.0  # moving averages; 0: unknown
         self._last_request = self._stalled = 0.0
+        self._busy = 1.0  # moving average of the share of the time that the link is busy
 
     # Called by the decode thread.
 
@@ -158,7 +160,7 @@ class Loader:
                     return
                 if self._give_up():
                     continue
-                if candidates := self._evictable(True):
+                if (candidates := self._evictable(True)).any():
                     self._evict(self._choose(candidates))
                     continue
             time.sleep(1e-4)  # a last copy is in flight
@@ -167,8 +169,7 @@ class Loader:
         """Stops, and drops every expert. May be called again."""
         with self._lock:
             self._closed = True
-            self.store.resident.clear()
-            self.store.draining.clear()
+            self.store.clear()
 
     # What the two ways of issuing differ in. All are called under the lock.
 
@@ -187,6 +188,10 @@ class Loader:
         """Drops a speculative load that has begun and waits for its turn; whether there was one."""
         return False
 
+    def _busy_s(self, now: float) -> float | None:
+        """Seconds that the link was busy since the last call, where that is known."""
+        return None
+
     # Shared parts, under the lock.
 
     def _check_usable(self) -> None:
@@ -194,7 +199,8 @@ class Loader:
             raise RuntimeError("the expert source is closed")
 
     def _check_possible(self) -> None:
-        others = sum(entry.pins > 0 for key, entry in self.store.resident.items() if key not in self._wanted)
+        pinned = len(self.store.resident) - int(np.count_nonzero(self.store.unpinned))
+        others = pinned - sum(key in self.store.resident and not self.store.unpinned[key] for key in self._wanted)
         if others + len(self._wanted) > self.store.per_layer:
             raise RuntimeError(
                 f"{len(self._wanted)} experts are taken while {others} are not released;"
@@ -202,8 +208,12 @@ class Loader:
             )
 
     def _clock(self, now: float) -> None:
-        """Moving average of the time between requests, time blocked left out."""
+        """Moving averages of the time between requests, time blocked left out, and of how busy the link is."""
+        busy_s = self._busy_s(now)
         if self._last_request:
+            if busy_s is not None:
+                self._busy += 0.02 * (min(busy_s / (now - self._last_request), 1.0) - self._busy)
+                self._outlook.busy(self._busy)
             gap = max(now - self._last_request - self._stalled, 0.0)
             self._layer_s = gap if not self._layer_s else 0.9 * self._layer_s + 0.1 * gap
         self._last_request, self._stalled = now, 0.0
@@ -224,27 +234,29 @@ class Loader:
                 return key
         return next(iter(self._demand), None)
 
-    def _evictable(self, pending_too: bool, key: Key | None = None) -> dict[Key, None]:
-        """What may go, for `key` if it is given: if its layer has its share already, only experts of that layer."""
-        layer = key[0] if key and self.store.layer_full(key[0]) else None
-        return {
-            other: None
-            for other, entry in self.store.resident.items()
-            if not entry.pins
-            and other not in self._wanted
-            and (pending_too or other not in self._pending)
-            and (layer is None or other[0] == layer)
-        }
+    def _evictable(self, pending_too: bool, key: Key | None = None) -> np.ndarray:
+        """What may go, bool [L, E]; for `key`, if given: where its layer has its share, only experts of that layer."""
+        table = self.store.unpinned.copy()
+        for other in self._wanted:
+            table[other] = False
+        if not pending_too:
+            for other in self._pending:
+                table[other] = False
+        if key is not None and self.store.layer_full(key[0]):
+            own = table[key[0]].copy()
+            table[:] = False
+            table[key[0]] = own
+        return table
 
-    def _choose(self, candidates: Collection[Key]) -> Key:
-        return self.store.victim(candidates, lambda keys: self._outlook.expected(self._layer, keys))
+    def _choose(self, table: np.ndarray) -> Key:
+        return self.store.victim(KeySet(table), lambda _: self._outlook.expected(self._layer, table))
 
     def _victim_for(self, key: Key) -> Key | None:
         """What a demanded expert may evict, by the rules above."""
         candidates = self._evictable(False, key)
-        if not candidates and key in self._wanted:
+        if not candidates.any() and key in self._wanted:
             candidates = self._evictable(True, key)
-        return self._choose(candidates) if candidates else None
+        return self._choose(candidates) if candidates.any() else None
 
     def _speculation(self) -> Key | None:
         """The expert most worth a speculative copy, with room made for it, if there is one."""
@@ -255,9 +267,8 @@ class Loader:
         self.store.settle()
         if not self.store.has_room(key):
             # Only idle ones: waiting for a computation would hold up a demand that comes meanwhile.
-            worse = self._outlook.below(self._evictable(False, key), probability)
-            candidates = {key: None for key in worse if self.store.resident[key].idle()}
-            if not candidates:
+            candidates = self.store.idle(self._outlook.below(self._evictable(False, key), probability))
+            if not candidates.any():
                 return None
             self._evict(self._choose(candidates))
         return key

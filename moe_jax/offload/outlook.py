@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from moe_jax.model.experts import Key
 
-FLOOR = 0.6
-"""Least probability of a speculative load. One that is wrong costs a demand its slice of the link and evicts something:
-measured on disk, a floor of 0.3 wastes half of the speculation and is no faster."""
+WRONG = 0.5
+"""What a wrong speculative load costs where the link would have been idle, in loads: it evicts something, and takes its
+share of memory bandwidth and of the CPU."""
 RATE_TOKENS = 32
 """Uses of an expert are averaged over about so many tokens."""
 
@@ -30,7 +30,15 @@ class Outlook:
         steps = np.arange(1, num_layers + 1)
         self._ahead = (np.arange(num_layers)[:, None] + steps) % num_layers
         self._distance = steps.astype(np.float32)
-        self._floor = max(FLOOR, self.prior)
+        self.busy(1.0)
+
+    def busy(self, share: float) -> None:
+        """The link is busy for this share of the time: how much a wrong load costs, hence how likely one must be.
+
+        A right load saves one load on demand; a wrong one costs what it takes from others, `share` of a load, and
+        `WRONG`. The least probability at which the first outweighs the second is cost / (1 + cost).
+        """
+        self._floor = max((share + WRONG) / (1 + share + WRONG), self.prior)
 
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
         """Predictions [H, E] for the layers after `layer`, wrapping; they replace earlier ones for these layers.
@@ -85,18 +93,17 @@ class Outlook:
         key = (int(order[row]), expert)
         return key, float(self._value[key])
 
-    def below(self, keys: Iterable[Key], probability: float) -> list[Key]:
-        """Those of `keys` that are less likely to be needed."""
-        return [key for key in keys if self._value[key] < probability]
+    def below(self, table: np.ndarray, probability: float) -> np.ndarray:
+        """Of the experts in `table`, bool [L, E], those that are less likely to be needed."""
+        return table & (self._value < probability)
 
-    def expected(self, layer: int, keys: Sequence[Key]) -> np.ndarray:
-        """Layers until each of `keys` is needed, in expectation, float [len(keys)].
+    def expected(self, layer: int, table: np.ndarray) -> np.ndarray:
+        """Layers until each expert of `table`, bool [L, E], is needed, in expectation: float [count], in its order.
 
         An expert whose layer is d ahead is needed there with its probability p; otherwise it waits for another token,
         one in 1 / rate of which needs it: d + (1 - p) L / rate.
         """
-        layers, experts = np.array(keys).T
         count = len(self._value)
-        distance = (layers - layer - 1) % count + 1
-        rate = np.maximum(self._rate[layers, experts], 1e-3)
-        return distance + (1 - self._value[layers, experts]) * count / rate
+        distance = (np.arange(count) - layer - 1) % count + 1
+        rate = np.maximum(self._rate, 1e-3)
+        return (distance[:, None] + (1 - self._value) * count / rate)[table]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -10,8 +11,8 @@ import numpy as np
 
 from moe_jax.model.experts import Key
 
-Expected = Callable[[Sequence[Key]], np.ndarray]
-"""When experts are expected to be needed next: float [len(keys)], in layers from the one that runs now."""
+Expected = Callable[[Collection[Key]], np.ndarray]
+"""When the candidates are expected to be needed next: float [len], in their order, in layers from the one that runs."""
 
 
 class Eviction(Protocol):
@@ -126,8 +127,7 @@ class Predicted:
 
     def victim(self, state: None, candidates: Collection[Key], expected: Expected) -> Key:
         """The candidate of the longest expected time to its next use."""
-        keys = list(candidates)
-        return keys[int(np.argmax(expected(keys)))]
+        return next(itertools.islice(candidates, int(np.argmax(expected(candidates))), None))
 
 
 class Belady:

@@ -103,7 +103,7 @@ class OffloadedExperts:
         self.bank = bank
         self._keys = [(layer, expert) for layer in range(a.num_moe_layers) for expert in range(a.num_experts)]
         share = budget_bytes // bank.expert_bytes // a.num_moe_layers if per_layer else 0
-        store = ArrayStore(budget_bytes, bank.expert_bytes, policy or LRU(), share)
+        store = ArrayStore(budget_bytes, bank.expert_bytes, policy or LRU(), (a.num_moe_layers, a.num_experts), share)
         outlook = Outlook(a.num_moe_layers, a.num_experts, a.top_k)
         options = {"link_gbps": link_gbps, "delay": delay}
         self._loader: Loader = (

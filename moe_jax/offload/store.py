@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection
 
 import jax
+import numpy as np
 
 from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.policies import Eviction, Expected
@@ -40,11 +41,17 @@ class ArrayStore:
     """One immutable device array per expert part, all experts of equal size.
 
     Every change of the books is checked: passing the budget, or evicting what is pinned, raises RuntimeError.
+
+    Attributes:
+      unpinned: bool [L, E], the resident experts without a pin; to be read.
     """
 
-    def __init__(self, budget_bytes: int, expert_bytes: int, policy: Eviction, per_layer: int = 0):
+    def __init__(
+        self, budget_bytes: int, expert_bytes: int, policy: Eviction, shape: tuple[int, int], per_layer: int = 0
+    ):
         """
         Args:
+          shape: (L, E) of the model.
           per_layer: experts that one layer may have at most; 0: as many as the budget holds.
 
         Raises:
@@ -59,6 +66,8 @@ class ArrayStore:
         self.resident: dict[Key, Entry] = {}
         self.in_flight: dict[Key, Load] = {}
         self.draining: list[Entry] = []
+        self.unpinned = np.zeros(shape, bool)
+        self._in_use: dict[Key, Entry] = {}  # resident, and when last looked at still computed with
         self.peak_bytes = 0
         self._policy, self._state = policy, policy.init()
 
@@ -94,6 +103,7 @@ class ArrayStore:
     def commit(self, key: Key, weights: ExpertWeights) -> None:
         """The copy has arrived."""
         self.resident[key] = Entry(weights, self.in_flight.pop(key))
+        self.unpinned[key] = True
 
     def abort(self, key: Key) -> None:
         """The load failed or was given up, and holds no memory any more."""
@@ -109,6 +119,7 @@ class ArrayStore:
         entry = self.resident[key]
         entry.pins += 1
         entry.load.used = True
+        self.unpinned[key] = False
         return entry.weights
 
     def unpin(self, key: Key, after: jax.Array) -> None:
@@ -117,13 +128,24 @@ class ArrayStore:
         if entry is None or not entry.pins:
             raise RuntimeError(f"expert {key} is released but was not taken")
         entry.pins -= 1
+        self.unpinned[key] = not entry.pins
         entry.idle()  # forgets completed uses, so that the list stays short
         entry.uses.append(after)
+        self._in_use[key] = entry
 
     def unpin_all(self) -> None:
         """Drops every pin. The runtime itself keeps the memory of a computation that still runs."""
-        for entry in self.resident.values():
+        for key, entry in self.resident.items():
             entry.pins = 0
+            self.unpinned[key] = True
+
+    def idle(self, table: np.ndarray) -> np.ndarray:
+        """Of resident experts, bool [L, E]: those that no running computation uses."""
+        self._in_use = {key: entry for key, entry in self._in_use.items() if not entry.idle()}
+        table = table.copy()
+        for key in self._in_use:
+            table[key] = False
+        return table
 
     def victim(self, candidates: Collection[Key], expected: Expected) -> Key:
         """The policy's choice among resident, unpinned keys."""
@@ -134,8 +156,17 @@ class ArrayStore:
         if self.resident[key].pins:
             raise RuntimeError(f"expert {key} is pinned and cannot be evicted")
         self.draining.append(self.resident.pop(key))
+        self.unpinned[key] = False
+        self._in_use.pop(key, None)
         self._of_layer[key[0]] -= 1
         self.settle()
+
+    def clear(self) -> None:
+        """Drops everything, whatever it is used for."""
+        self.resident.clear()
+        self.draining.clear()
+        self._in_use.clear()
+        self.unpinned[:] = False
 
     def settle(self) -> None:
         """Frees the draining experts whose last use has completed."""

@@ -54,6 +54,8 @@ class ThreadLoader(Loader):
         self._flights: dict[Key, _Flight] = {}
         self._guess: _Flight | None = None  # the speculative one among them, unless a layer has come to need it
         self._link_free = 0.0
+        self._moving = 0  # threads that move slices
+        self._moving_since = self._moved_s = 0.0  # the link is busy since then; was busy before that, not reported yet
         # Daemons, so that a forgotten close() cannot keep the process; atexit, so that none outlives the backend.
         self._threads = [
             threading.Thread(target=self._run, name=f"moe_jax-copy-{i}", daemon=True) for i in range(threads)
@@ -89,7 +91,10 @@ class ThreadLoader(Loader):
 
     def _kick(self) -> None:
         # Waking a thread for nothing costs the decode thread its turn: what one finds to do it goes on with by itself.
-        (self._work.notify_all if self._demand else self._work.notify)()
+        if self._demand:
+            self._work.notify_all()
+        elif not self._moving:  # a thread that moves something looks for more by itself
+            self._work.notify()
 
     def _obtain(self) -> None:
         self._work.notify_all()
@@ -118,10 +123,12 @@ class ThreadLoader(Loader):
             while not self._closed:
                 self._starved = False
                 if (flight := self._urgent()) is not None:
+                    self._set_off()
                     return flight.hand_out(len(self._threads))
                 key = self._next_demand()
                 if key is None:
                     if (flight := self._speculative()) is not None:
+                        self._set_off()
                         return flight.hand_out(flight.transfer.slices)
                 elif (uses := self._make_way(key)) is not None:
                     if uses:
@@ -131,6 +138,19 @@ class ThreadLoader(Loader):
                     self._starved = True
                 self._work.wait()
         return None
+
+    def _set_off(self) -> None:
+        """A thread is about to move slices."""
+        if not self._moving:
+            self._moving_since = time.perf_counter()
+        self._moving += 1
+
+    def _busy_s(self, now: float) -> float:
+        busy_s, self._moved_s = self._moved_s, 0.0
+        if self._moving:
+            busy_s += now - self._moving_since
+            self._moving_since = now
+        return busy_s
 
     def _make_way(self, key: Key) -> list[jax.Array] | None:
         """One step towards room for a demanded expert, or its start.
@@ -208,7 +228,11 @@ class ThreadLoader(Loader):
         except Exception as failure:
             error = failure
         with self._lock:
-            flight.busy_s += time.perf_counter() - began
+            now = time.perf_counter()
+            flight.busy_s += now - began
+            self._moving -= 1
+            if not self._moving:
+                self._moved_s += now - self._moving_since
             flight.moving -= len(slices)
             flight.moved += moved
             flight.load.bytes += sum(map(flight.transfer.size, slices[:moved]))

@@ -14,11 +14,23 @@ def tokens(benefit, count, *, hidden=0.0, stall=0.0, cost=1.0):
 
 
 def test_predictions_that_hide_less_than_they_cost_end_after_a_trial():
-    assert tokens(Benefit(), TRIAL + 20, hidden=0.9, stall=0.5) == [True] * (TRIAL - 1) + [False] * 21
+    assert tokens(Benefit(), TRIAL + 20, hidden=0.9, stall=0.5) == [True] * TRIAL + [False] * 20
 
 
 def test_predictions_that_pay_go_on():
     assert all(tokens(Benefit(), 100, hidden=1.1))
+
+
+def test_the_trial_weighs_its_tokens_alike_and_not_the_prompt():
+    benefit = Benefit()
+    tokens(benefit, 1, hidden=0.0, stall=900.0)  # the prompt
+    hidden = [2.0, 0.0, 2.5] + [0.0] * (TRIAL - 3)
+    assert all(decision for each in hidden for decision in tokens(benefit, 1, hidden=each))
+    benefit = Benefit()
+    tokens(benefit, 1, hidden=900.0)
+    decisions = [decision for _ in range(TRIAL) for decision in tokens(benefit, 1, hidden=0.9)]
+    assert decisions == [True] * (TRIAL - 1) + [False]
+    assert not any(tokens(benefit, 3 * WINDOW, stall=1.9))
 
 
 def test_waiting_brings_them_back_if_there_is_clearly_more_to_hide_than_they_cost():

@@ -3,12 +3,20 @@
 import numpy as np
 import pytest
 
-from moe_jax.offload.outlook import FLOOR, Outlook
+from moe_jax.offload.keys import KeySet
+from moe_jax.offload.outlook import WRONG, Outlook
 from tests.offload.rig import E, K, L, predictions
 
 
 def outlook():
     return Outlook(L, E, K)
+
+
+def table(*keys):
+    found = np.zeros((L, E), bool)
+    for key in keys:
+        found[key] = True
+    return found
 
 
 def test_nothing_is_worth_a_copy_before_a_prediction():
@@ -64,11 +72,11 @@ def test_what_is_held_is_no_candidate_until_it_is_gone():
 def test_a_layer_that_has_passed_is_dropped_and_falls_back_to_the_prior():
     o = outlook()
     o.offer(0, predictions({1: 0.9}, {2: 0.8}))
-    assert o.below([(1, 1), (1, 2), (2, 2)], 0.5) == [(1, 2)]
+    assert list(KeySet(o.below(table((1, 1), (1, 2), (2, 2)), 0.5))) == [(1, 2)]
     o.passed(1)
     assert o.best(1, 0.0) == ((2, 2), pytest.approx(0.8))
-    assert o.below([(1, 1), (1, 2)], K / E) == []  # exactly the prior
-    assert o.below([(1, 1), (1, 2)], K / E + 0.01) == [(1, 1), (1, 2)]
+    assert not o.below(table((1, 1), (1, 2)), K / E).any()  # exactly the prior
+    assert list(KeySet(o.below(table((1, 1), (1, 2)), K / E + 0.01))) == [(1, 1), (1, 2)]
 
 
 def test_a_new_prediction_replaces_the_one_before():
@@ -88,27 +96,39 @@ def test_a_horizon_longer_than_the_model_is_cut():
 
 def test_what_is_not_likely_enough_is_no_candidate():
     o = outlook()
-    o.offer(0, predictions({1: FLOOR}, {2: FLOOR + 0.01}))
-    assert o.best(0, 0.0) == ((2, 2), pytest.approx(FLOOR + 0.01))
+    floor = (1 + WRONG) / (2 + WRONG)  # a busy link
+    o.offer(0, predictions({1: floor - 0.01}, {2: floor + 0.01}))
+    assert o.best(0, 0.0) == ((2, 2), pytest.approx(floor + 0.01))
     assert o.likely((2, 2)) and not o.likely((1, 1))
     o.passed(2)
     assert o.best(0, 0.0) is None and not o.likely((2, 2))
+
+
+def test_the_less_busy_the_link_the_less_likely_a_load_may_be():
+    o = outlook()
+    o.offer(0, predictions({1: 0.5}))
+    assert o.best(0, 0.0) is None
+    o.busy(0.2)
+    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.5)) and o.likely((1, 1))
+    o.busy(1.0)
+    assert o.best(0, 0.0) is None and not o.likely((1, 1))
 
 
 def test_expected_next_use():
     o = outlook()
     prior = K / E
     # One layer ahead, two, and a whole token: each at its prior, else the token after, one in 1 / prior of which.
-    np.testing.assert_allclose(o.expected(1, [(2, 0), (0, 0), (1, 0)]), np.array([1, 2, 3]) + (1 - prior) * L / prior)
+    keys = table((2, 0), (0, 0), (1, 0))  # in the table's order: layers 0, 1, 2
+    np.testing.assert_allclose(o.expected(1, keys), np.array([2, 3, 1]) + (1 - prior) * L / prior)
     o.offer(1, predictions({0: 1.0}, {0: 0.75}))
-    np.testing.assert_allclose(o.expected(1, [(2, 0), (0, 0)]), [1, 2 + 0.25 * L / prior])
+    np.testing.assert_allclose(o.expected(1, table((2, 0), (0, 0))), [2 + 0.25 * L / prior, 1])
 
 
 def test_experts_in_use_are_expected_sooner():
     o = outlook()
     for _ in range(50):
         o.passed(0, [1, 2])
-    often, seldom, never_asked = o.expected(1, [(0, 1), (0, 3), (2, 3)])
+    often, seldom, never_asked = o.expected(1, table((0, 1), (0, 3), (2, 3)))
     assert often < 6 < 20 < seldom and never_asked < seldom
 
 

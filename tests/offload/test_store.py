@@ -10,12 +10,14 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.offload.keys import KeySet
 from moe_jax.offload.policies import LRU
 from moe_jax.offload.store import ArrayStore
 from moe_jax.trace import Load
 from tests.offload.rig import Computation
 
 SIZE = 10
+SHAPE = 2, 3
 KEYS = [(layer, expert) for layer in range(2) for expert in range(3)]
 
 
@@ -50,7 +52,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.store = ArrayStore(3 * SIZE + 5, SIZE, LRU())
+        self.store = ArrayStore(3 * SIZE + 5, SIZE, LRU(), SHAPE)
         self.phase, self.pins, self.uses, self.parts, self.order = {}, {}, {}, {}, []
         self.gone = []  # (uses, arrays) of the evicted
         self.most = 0
@@ -135,6 +137,12 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.peak_bytes == self.most * SIZE
         assert self.store.fits() == (self.used() < 3) and all(map(self.store.has_room, KEYS)) == (self.used() < 3)
         assert set(self.store.resident) == set(self.keys("resident"))
+        unpinned = self.keys("resident", unpinned=True)
+        assert list(KeySet(self.store.unpinned)) == sorted(unpinned) and len(KeySet(self.store.unpinned)) == len(
+            unpinned
+        )
+        idle = [key for key in unpinned if all(use.is_ready() for use in self.uses[key])]
+        assert list(KeySet(self.store.idle(self.store.unpinned))) == sorted(idle)
         assert all(self.store.holds(key) == (key in self.phase) for key in KEYS)
         for uses, parts in self.gone:
             busy = any(not use.is_ready() for use in uses)
@@ -148,11 +156,11 @@ TestStore.settings = settings(max_examples=40, stateful_step_count=30, deadline=
 
 def test_a_budget_for_no_expert_is_refused():
     with pytest.raises(ValueError, match="no expert"):
-        ArrayStore(SIZE - 1, SIZE, LRU())
+        ArrayStore(SIZE - 1, SIZE, LRU(), SHAPE)
 
 
 def test_real_arrays_are_freed_even_where_a_caller_kept_them():
-    store = ArrayStore(SIZE, SIZE, LRU())
+    store = ArrayStore(SIZE, SIZE, LRU(), SHAPE)
     store.begin((0, 0), load((0, 0)))
     store.commit((0, 0), ExpertWeights(jnp.ones(3), jnp.ones(3)))
     kept = store.pin((0, 0))
@@ -162,7 +170,7 @@ def test_real_arrays_are_freed_even_where_a_caller_kept_them():
 
 
 def test_every_overlapping_use_counts():
-    store = ArrayStore(SIZE, SIZE, LRU())
+    store = ArrayStore(SIZE, SIZE, LRU(), SHAPE)
     store.begin((0, 0), load((0, 0)))
     store.commit((0, 0), weights())
     first, second = Computation(), Computation()
@@ -179,7 +187,7 @@ def test_every_overlapping_use_counts():
 
 
 def test_completed_uses_do_not_pile_up():
-    store = ArrayStore(SIZE, SIZE, LRU())
+    store = ArrayStore(SIZE, SIZE, LRU(), SHAPE)
     store.begin((0, 0), load((0, 0)))
     store.commit((0, 0), weights())
     for _ in range(100):
@@ -189,7 +197,7 @@ def test_completed_uses_do_not_pile_up():
 
 
 def test_dropping_all_pins_leaves_everything_evictable():
-    store = ArrayStore(SIZE, SIZE, LRU())
+    store = ArrayStore(SIZE, SIZE, LRU(), SHAPE)
     store.begin((0, 0), load((0, 0)))
     store.commit((0, 0), weights())
     store.pin((0, 0))

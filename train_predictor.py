@@ -45,7 +45,7 @@ def main() -> None:
     from moe_jax.inference.session import Model, shipped
     from moe_jax.model.layers import parameter_counts
     from moe_jax.prediction import best as best_per_layer
-    from moe_jax.prediction import fit, lookahead, metrics, predictors, report, saved, texts
+    from moe_jax.prediction import fit, lookahead, metrics, predictors, report, saved, scalars, texts
     from moe_jax.prediction.activation_log import ActivationLog
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
 
@@ -102,8 +102,17 @@ def main() -> None:
     log, validation, test = map(logged, ("train", "validation", "test"), (train_plan, validation_plan, test_plan))
     logged_s = time.time() - started
 
+    curves = scalars.writers(output / "scalars")
     with report.progress("fitting", settings.steps) as advance:
-        params, best = fit.fit(settings, spec, parts, log, validation, output / "fit", advance)
+
+        def measured(step, values):
+            advance(step, values)
+            for writer in curves:
+                writer.write(step, values)
+
+        params, best = fit.fit(settings, spec, parts, log, validation, output / "fit", measured)
+    for writer in curves:
+        writer.close()
     fitted_s = time.time() - started - logged_s
 
     vectors, unseen = lookahead.default_vectors(*log.outputs())

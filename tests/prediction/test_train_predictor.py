@@ -81,6 +81,9 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     assert "recall@2 on the test texts" in whole.stdout and "next token" in whole.stdout
     predictors = {"learned", "best_per_layer", "router", "default_vector", "repeat", "frequency", "random"}
     assert set(scores["scores"]) == predictors
+    curve = [json.loads(line) for line in (place / "whole" / "scalars" / "scalars.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in curve if "loss" in x] == list(range(1, STEPS + 1))
+    assert [x["step"] for x in curve if "validation_recall" in x] == list(range(0, STEPS + 1, 10))
     assert 3000 < scores["train_tokens"] <= 5000
     again = run(place, "scored", f"--score={place}/whole/predictor", f"--output_json={place}/again.json")
     assert again.returncode == 0, again.stderr

@@ -45,14 +45,14 @@ def run_windows(engine: Engine, log: ActivationLog, rows: Sequence[int] | np.nda
     sums: list[list[jax.Array]] = [[] for _ in range(a.num_moe_layers)]
     counts = np.zeros((a.num_moe_layers, a.num_experts), np.int64)
 
-    def sink(layer: int, chunk: int, routed: Routed, outputs: jax.Array) -> None:
+    def sink(layer: int, chunk: int, routed: Routed) -> None:
         ids = np.asarray(routed.ids)
         kept = half(np.asarray(routed.residual, np.float32)), half(np.asarray(routed.logits)), ids, routed.gates
         width = len(ids) // BATCH
         for store, array in zip(seen, kept, strict=True):
             store[layer].append(np.asarray(array).reshape(BATCH, width, -1))  # [B, tokens of the chunk, ...]
         real = (chunk * width + np.arange(width) < lengths[:, None]).reshape(-1)
-        sums[layer].append(_sum_by_expert(a.num_experts, outputs, routed.ids, real))
+        sums[layer].append(_sum_by_expert(a.num_experts, routed.outputs, routed.ids, real))
         counts[layer] += np.bincount(ids[real].reshape(-1), minlength=a.num_experts)
 
     engine.prefill(prompts, 0, sink)

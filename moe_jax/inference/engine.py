@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.inference.block import Block
 from moe_jax.inference.execution import Execution, Plan
-from moe_jax.inference.grouping import arities, assign, bucket, padded, power_of_two, unique_in_order
+from moe_jax.inference.grouping import arities, assign, bucket, padded, power_of_two, sizes, unique_in_order
 from moe_jax.model.architecture import Architecture
-from moe_jax.model.decoder import KVCache, Routed, Stages
+from moe_jax.model.decoder import CHUNKS, KVCache, Routed, Stages
 from moe_jax.model.experts import ExpertSource, ExpertWeights
 from moe_jax.prediction.predictors import Features, Prediction
 
@@ -34,9 +35,9 @@ LARGE_EXPERT = 1 << 18
 are still on their way. Smaller ones share calls, since a call costs more than it could hide."""
 MEMORY_TOKENS = 256
 """Tokens that a predictor is told of afterwards when it was not asked for a while."""
-Sink = Callable[[int, int, Routed, jax.Array], None]
-"""Receives (layer among those with experts, chunk, Routed, outputs of the experts [R * K, D]) during prefill, when the
-layer's experts have run; rows are [B, Tc] flattened."""
+Sink = Callable[[int, int, Routed], None]
+"""Receives (layer among those with experts, chunk, Routed with what the experts gave in `outputs`) during prefill, when
+the layer's experts have run; rows are [B, Tc] flattened."""
 
 
 @dataclasses.dataclass
@@ -175,7 +176,7 @@ class Engine:
         real = positions < lengths[:, None]
         split = lambda x: [np.ascontiguousarray(x[:, c * Tc : (c + 1) * Tc]) for c in range(chunks)]
         active = [mask.reshape(-1) for mask in split(real)]
-        device_positions = [jnp.asarray(p) for p in split(positions)]
+        device_positions = [jax.device_put(p) for p in split(positions)]
 
         state = DecodeState(stages.kv_cache(B, S), stages.rope(S), lengths, lengths > 0)
         x = [stages.embed(self.dense, chunk) for chunk in split(tokens)]
@@ -187,30 +188,28 @@ class Engine:
                 for c in range(chunks):
                     x[c] = call(stages.dense_layer, c)
                 continue
-            routed = []
-            for c in range(chunks):
-                routed.append(call(stages.route, c))
-            ids = [np.asarray(r.ids) for r in routed]
-            ids_by_layer.append(np.concatenate([i.reshape(B, Tc, -1) for i in ids], axis=1))
-            outputs = [r.outputs for r in routed]
-            needed = unique_in_order(np.concatenate(ids), np.concatenate(active))
+            blocks = []
+            for first in range(0, chunks, CHUNKS):
+                own = range(first, min(first + CHUNKS, chunks))
+                routed = (call(stages.route, c) for c in own)
+                blocks.append(Block(stages, [*routed], [active[c] for c in own], alone=chunks == 1))
+            ids = np.concatenate([block.ids() for block in blocks])
+            ids_by_layer.append(ids.reshape(chunks, B, Tc, -1).swapaxes(0, 1).reshape(B, chunks * Tc, -1))
+            needed = unique_in_order(ids, np.concatenate(active))
             order = self.source.request(layer, needed)
             if self.record:
                 self.record.prefill_needed.append(needed)
             # Every prompt of some length needs nearly all experts: the next layer's follow behind this one's.
             self.source.offer(layer, np.full((1, a.num_experts), min(1.0, len(needed) / a.num_experts), np.float32))
             for expert in order:
-                after, weights = None, self.source.take(layer, [expert])
-                for c in range(chunks):
-                    if (hit := (ids[c] == expert) & active[c][:, None]).any():
-                        rows, slots = assign(ids[c], active[c] & hit.any(1), [expert], B * Tc)
-                        outputs[c], after = stages.experts(outputs[c], routed[c].h, rows, slots, weights)
-                assert after is not None
-                self.source.release(layer, [expert], after)
-            if sink:
-                for c in range(chunks):
-                    sink(layer, c, routed[c], outputs[c])
-            x = [stages.combine(r.residual, o, r.gates, xc) for r, o, xc in zip(routed, outputs, x, strict=True)]
+                [weights] = self.source.take(layer, [expert])
+                after = [done for block in blocks if (done := block.run(expert, weights)) is not None]
+                self.source.release(layer, [expert], after[-1])
+            finished = (r for _ in range(len(blocks)) for r in blocks.pop(0).finish())  # freed one by one
+            for c, r in enumerate(finished):
+                if sink:
+                    sink(layer, c, r)
+                x[c] = stages.combine(r.residual, r.outputs, r.gates, x[c])
 
         # The last token's residual of every row, through the host: the head then is decoding's executable.
         last = np.maximum(lengths - 1, 0)
@@ -359,6 +358,7 @@ class Engine:
         B, Tc, S = self.shapes(prompt_lengths, new_tokens)
         stages, a = self.stages, self.architecture
         rope = stages.rope(S)
+        chunks = -(-max(prompt_lengths) // Tc)
         for T, decoding in ((Tc, False), (1, True)):
             x = stages.embed(self.dense, np.zeros((B, T), np.int32))
             kv, positions = stages.kv_cache(B, S), np.zeros((B, T), np.int32)
@@ -367,13 +367,19 @@ class Engine:
                     routed = stages.route(layer, self.dense, rope, x, positions, kv)
                 else:
                     stages.dense_layer(layer, self.dense, rope, x, positions, kv)
-            outputs = routed.outputs
-            for arity in sorted(set(arities(a.top_k, self.together)) | {1, 2, 4, 8}) if decoding else (1,):
-                if arity > self.together:
-                    continue
-                for size in sorted({bucket(n, B * T) for n in range(1, B * T + 1)}):
-                    rows, slots = np.zeros((arity, size), np.int32), np.full((arity, size), B * T * a.top_k, np.int32)
-                    outputs, _ = stages.experts(outputs, routed.h, rows, slots, (example,) * arity)
+            h, outputs = routed.h, routed.outputs
+            if decoding:
+                buckets = sorted({bucket(n, B) for n in range(1, B + 1)})
+                shapes = [(arity, size) for arity in (1, 2, 4, 8) if arity <= self.together for size in buckets]
+            else:
+                if chunks > 1:
+                    h, outputs = stages.join([h] * CHUNKS)
+                shapes = [(1, size) for size in sizes(len(h))]
+            for shape in shapes:
+                rows, slots = np.zeros(shape, np.int32), np.full(shape, len(outputs), np.int32)
+                outputs, _ = stages.experts(outputs, h, rows, slots, (example,) * shape[0])
+            if not decoding and chunks > 1:
+                outputs = stages.split(outputs)[0]
             x = stages.combine(routed.residual, outputs, routed.gates, x)
         stages.head(self.dense, x, np.zeros(B, np.int32)).block_until_ready()
         if self.execution is not None:

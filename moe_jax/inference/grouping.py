@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,29 @@ def bucket(count: int, limit: int) -> int:
     while size < count:
         size = (2 if limit <= 8 else 8) if size == 1 else size * 4
     return min(size, limit)
+
+
+ROWS = (1, 8, 32, 128, 256)
+"""Token rows of an expert call in a prefill."""
+CALL_ROWS = 32
+"""Token rows that take as long as reading an expert's weights does (2 cores: 30 to 40)."""
+
+
+def sizes(rows: int) -> tuple[int, ...]:
+    """Those of `ROWS` that calls for so many token rows have: the smallest are not worth an executable to many rows."""
+    return tuple(size for size in ROWS if size <= rows and (rows <= 64 * size or size == ROWS[-1]))
+
+
+@functools.cache
+def calls(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The calls, of some of `sizes`, that give `count` token rows to an expert soonest; the largest first."""
+    if count <= 0:
+        return ()
+    largest = sizes[-1]
+    if count > largest:
+        return (largest, *calls(count - largest, sizes))
+    ways = [(size, *calls(count - size, sizes[: i + 1])) for i, size in enumerate(sizes)]
+    return min(ways, key=lambda way: sum(way) + CALL_ROWS * len(way))
 
 
 def arities(count: int, top_k: int) -> list[int]:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
+from moe_jax.model.attention import BLOCK
+from moe_jax.model.decoder import CHUNKS
 from moe_jax.model.layers import MODULES
 
 SPARE = 0.05
@@ -36,12 +38,14 @@ def reserve(a: Architecture, batch: int, positions: int, prefill_chunk: int, ite
     # Residual stream in and out, attention's and the experts' input, and an output slot for every choice.
     token = (4 + a.top_k) * a.d_model
     rows = max(prefill_chunk, batch)
-    # Float32 attention scores before and after the softmax, and the layer's cache in another layout.
-    scores = 2 * 4 * rows * a.attention.num_heads * positions
+    # Float32 attention scores before and after the softmax, of a chunk over a block of the cache or of one token a row
+    # over all of it, and the layer's cache in another layout; or a block of chunks while it is put together.
+    scores = 2 * 4 * a.attention.num_heads * max(rows * min(positions, BLOCK), batch * positions)
+    joined = CHUNKS * rows * (1 + a.top_k) * a.d_model
     return Reserve(
         cache=layer * a.num_layers * itemsize,
-        activations=batch * positions * token * itemsize,
-        temporaries=scores + layer * itemsize + rows * token * itemsize,
+        activations=max(batch * positions, CHUNKS * rows) * token * itemsize,
+        temporaries=max(scores + (layer + rows * token) * itemsize, joined * itemsize),
     )
 
 

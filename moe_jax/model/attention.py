@@ -10,6 +10,9 @@ from moe_jax.model.architecture import Architecture, GroupedQuery, LayerKind
 from moe_jax.model.primitives import RMSNorm, linear
 from moe_jax.model.rope import apply_rope
 
+BLOCK = 512
+"""Positions of the cache that several tokens attend over at a time."""
+
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, sinks: jax.Array | None = None
@@ -68,12 +71,71 @@ def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.A
     return cache.at[row, positions].set(new.astype(cache.dtype), mode="drop")
 
 
-def cache_mask(positions: jax.Array, capacity: int, window: int | None) -> jax.Array:
-    """Which cache slots each new token sees: positions int32 [B, T] to bool [B, T, S]."""
+def cache_mask(positions: jax.Array, slots: jax.Array, window: int | None) -> jax.Array:
+    """Which cache slots each new token sees: positions int32 [B, T] and slots int32 [S] to bool [B, T, S]."""
     # Slots past a row's own position hold nothing, padding, or an earlier owner: the mask never reads them.
-    slot = jnp.arange(capacity)[None, None, :]
-    mask = slot <= positions[:, :, None]
-    return mask if window is None else mask & (slot > positions[:, :, None] - window)
+    slot, own = slots[None, None], positions[:, :, None]
+    mask = slot <= own
+    return mask if window is None else mask & (slot > own - window)
+
+
+def attend_cache(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    scale: float,
+    window: int | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """`attend` of new tokens over a cache, which holds them too: each sees the slots up to its own position.
+
+    Several tokens per row go over the cache in blocks, from the first that any of them sees to the last that is filled,
+    with the running softmax of arXiv 1805.02867: empty capacity costs nothing, scores take a block's memory, and one
+    executable serves every length.
+
+    Args:
+      q: [B, T, N, H]; k: [B, S, G, H]; v: [B, S, G, Hv]; slot s holds position s.
+      positions: of the new tokens, int32 [B, T].
+      scale: of the scores; window: most positions that a token sees, its own included; sinks: as for `attend`.
+
+    Returns:
+      [B, T, N, Hv].
+    """
+    B, T, N, H = q.shape
+    S, G, Hv = v.shape[1:]
+    if T == 1:
+        return attend(q, k, v, cache_mask(positions, jnp.arange(S), window), scale, sinks)
+    width = min(BLOCK, S)
+    # Rows of a product are a key head's query heads and tokens: [B, G, N / G * T, H].
+    q = q.reshape(B, T, G, N // G, H).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, H)
+    rows = q.shape[:3]
+
+    def step(i, carry):
+        mixed, highest, total = carry
+        start = jnp.minimum(i * width, S - width)  # the last block may reach back into the one before
+        block = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1).swapaxes(1, 2)  # [B, G, width, ...]
+        slots = start + jnp.arange(width)
+        mask = cache_mask(positions, slots, window) & (slots >= i * width)[None, None]
+        scores = jnp.einsum("bgrh,bgsh->bgrs", q, block(k), preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(mask[:, None, None], scores.reshape(B, G, -1, T, width), -jnp.inf).reshape(*rows, width)
+        raised = jnp.maximum(highest, scores.max(-1))
+        weights, keep = jnp.exp(scores - raised[..., None]), jnp.exp(highest - raised)
+        added = jnp.einsum("bgrs,bgsh->bgrh", weights.astype(v.dtype), block(v), preferred_element_type=jnp.float32)
+        return mixed * keep[..., None] + added, raised, total * keep + weights.sum(-1)
+
+    if sinks is None:
+        highest, total = jnp.full(rows, -1e30, jnp.float32), jnp.zeros(rows, jnp.float32)  # finite: -inf - -inf is NaN
+    else:
+        sink = sinks.astype(jnp.float32).reshape(1, G, N // G, 1)
+        highest = jnp.broadcast_to(sink, (B, G, N // G, T)).reshape(rows)
+        total = jnp.ones(rows, jnp.float32)
+    first = 0 if window is None else jnp.maximum(positions.min() - window + 1, 0) // width
+    last = jnp.minimum(positions.max(), S - 1) // width
+    mixed = jnp.zeros((*rows, Hv), jnp.float32)
+    mixed, _, total = jax.lax.fori_loop(first, last + 1, step, (mixed, highest, total))
+    heads = (mixed / total[..., None]).astype(v.dtype).reshape(B, N, T, Hv)
+    return heads.swapaxes(1, 2)
 
 
 class Attention(nnx.Module):
@@ -140,6 +202,6 @@ class Attention(nnx.Module):
         """
         q, k, v = self.project(x, rope[positions])
         keys, values = write_cache(kv[0], k, positions), write_cache(kv[1], v, positions)
-        mask = cache_mask(positions, keys.shape[1], self.window)
         sinks = None if self.sinks is None else self.sinks[...]
-        return self.output(attend(q, keys, values, mask, q.shape[-1] ** -0.5, sinks)), (keys, values)
+        heads = attend_cache(q, keys, values, positions, q.shape[-1] ** -0.5, self.window, sinks)
+        return self.output(heads), (keys, values)

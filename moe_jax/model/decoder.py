@@ -23,6 +23,9 @@ from moe_jax.model.rope import rope_table
 KVCache = list[tuple[jax.Array, ...]]
 """Per layer, what its attention caches: keys and values, each [B, S, G, H], or what `cache_shapes` says."""
 
+CHUNKS = 8
+"""Chunks of a prompt that are joined for the experts. Shorter prompts of several chunks are too: few executables."""
+
 
 class Routed(NamedTuple):
     """What `route` knows of a layer, for R = B * T token rows."""
@@ -32,7 +35,7 @@ class Routed(NamedTuple):
     logits: jax.Array  # [R, E] float32 router logits
     ids: jax.Array  # [R, K] int32, the first choice first
     gates: jax.Array  # [R, K] float32
-    outputs: jax.Array  # [R * K, D] zeros: the slots that `experts` fills
+    outputs: jax.Array  # [R * K, D] the slots that `experts` fills; zeros
 
 
 class Stages:
@@ -41,6 +44,8 @@ class Stages:
     Attributes:
       embed: (dense, tokens int32 [B, T]) -> x [B, T, D].
       experts: `moe_jax.model.experts.run_experts` with the model's activation. Donates the output slots.
+      join: (h of CHUNKS chunks, [R, D] each) -> h [CHUNKS * R, D] and zeroed output slots for it.
+      split: the output slots of joined chunks -> those of each chunk, [R * K, D].
       combine: (Routed.residual, outputs, gates, x for its shape) -> x [B, T, D]: gates times outputs in router order.
       head: (dense, x [B, T, D], index int32 [B]) -> float32 logits [B, V] at each row's index.
     """
@@ -73,6 +78,13 @@ class Stages:
             outputs = jnp.zeros((residual.shape[0] * a.top_k, a.d_model), h.dtype)
             return Routed(residual, h, logits, ids, gates, outputs), kv
 
+        def join(chunks):
+            h = jnp.concatenate(chunks)
+            return h, jnp.zeros((h.shape[0] * a.top_k, a.d_model), h.dtype)
+
+        def split(outputs):
+            return jnp.split(outputs, CHUNKS)
+
         def combine(residual, outputs, gates, x):
             mixed = jnp.einsum("rkd,rk->rd", outputs.reshape(*gates.shape, -1), gates.astype(outputs.dtype))
             return (residual + mixed).reshape(x.shape)
@@ -90,6 +102,7 @@ class Stages:
         self._layers = [kinds[kind] for kind in a.layers]
         self.embed = jax.jit(embed)
         self.experts = jax.jit(functools.partial(run_experts, a.experts.activation), donate_argnums=0)
+        self.join, self.split = jax.jit(join), jax.jit(split)
         self.combine = jax.jit(combine)
         self.head = jax.jit(head)
 
@@ -117,7 +130,7 @@ class Stages:
     def rope(self, capacity: int) -> jax.Array:
         """Rotary table for `capacity` positions, on the device."""
         a = self.architecture
-        return jnp.asarray(rope_table(capacity, a.attention.rope_dim, a.rope))
+        return jax.device_put(rope_table(capacity, a.attention.rope_dim, a.rope))
 
 
 def device_weights(dense: Any, dtype: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.model.architecture import Architecture, Latent, LayerKind
-from moe_jax.model.attention import attend, cache_mask, causal_attend, write_cache
+from moe_jax.model.attention import attend_cache, causal_attend, write_cache
 from moe_jax.model.primitives import RMSNorm, linear
 from moe_jax.model.rope import apply_rope
 
@@ -90,9 +90,9 @@ class LatentAttention(nnx.Module):
         cache = write_cache(kv[0], new, positions)
         up_k, up_v = self.up()
         q = jnp.concatenate([jnp.einsum("btnh,nhc->btnc", q, up_k), q_rope], axis=-1)
-        mask = cache_mask(positions, cache.shape[1], self.window)
         # The value is the whole cache, so that none of it is copied; what comes of the rotated keys is cut off.
-        mixed = attend(q, cache[:, :, None], cache[:, :, None], mask, s.score_scale)[..., : s.kv_rank]
+        shared = cache[:, :, None]
+        mixed = attend_cache(q, shared, shared, positions, s.score_scale, self.window)[..., : s.kv_rank]
         return self.output(jnp.einsum("btnc,nhc->btnh", mixed, up_v)), (cache,)
 
 

@@ -95,7 +95,8 @@ def test_everything_is_there(result, model):
     assert {e.phase for e in executables} == {"prefill", "decode"}
     arities = {e.arity for e in executables if e.phase == "decode" and e.arity}
     assert arities == {n for n in (1, 2, 4, 8) if n <= max(arities)} and max(arities) <= a.top_k
-    assert {e.bucket for e in executables if e.phase == "prefill" and e.arity} >= {1, CHUNK}
+    buckets = {e.bucket for e in executables if e.phase == "prefill" and e.arity}
+    assert len(buckets) > 2 and max(buckets) == CHUNK
     assert {e.batch for e in executables} == {1, 8}
 
 

@@ -219,7 +219,7 @@ def same_model(case: Case) -> None:
     engine = Engine(stages, dense, source, predictor, prefill_chunk=32)
     prefilled: list[list[Any]] = [[] for _ in range(a.num_moe_layers)]
     engine.record = Record()
-    logits, state = engine.prefill(s.prompts, NEW_TOKENS, lambda layer, _c, routed, _o: prefilled[layer].append(routed))
+    logits, state = engine.prefill(s.prompts, NEW_TOKENS, lambda layer, _c, routed: prefilled[layer].append(routed))
     B, steps = logits.shape[0], [np.asarray(logits)]
     for _ in range(NEW_TOKENS):
         steps.append(np.asarray(engine.decode(steps[-1].argmax(-1).astype(np.int32), state)))

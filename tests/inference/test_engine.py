@@ -7,8 +7,9 @@ import pytest
 from moe_jax.checkpoint.families import mixtral
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.errors import UserError
+from moe_jax.inference.block import pieces
 from moe_jax.inference.engine import Engine, Record
-from moe_jax.inference.grouping import arities, assign, bucket, padded
+from moe_jax.inference.grouping import arities, assign, bucket, calls, padded, sizes
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.prediction import predictors
@@ -163,11 +164,27 @@ def test_prompts_that_do_not_fit_are_refused(model):
     engine.prefill(prompts([255]), 1)
 
 
+@pytest.mark.parametrize("rows", [32, 100, 2048])
+def test_every_choice_of_an_expert_is_in_one_call(rows):
+    chosen = np.random.default_rng(0).random((rows - 3, 2)) < 0.3
+    found = [pair for used, slots in pieces(chosen, rows) for pair in zip(used[0], slots[0], strict=True)]
+    real = [(row, slot) for row, slot in found if slot < 2 * rows]
+    assert [(slot // 2, slot % 2) for _, slot in real] == [*zip(*np.nonzero(chosen), strict=True)]
+    assert all(slot // 2 == row for row, slot in real) and {pair for pair in found if pair not in real} <= {
+        (0, 2 * rows)
+    }
+
+
 def test_grouping():
     assert [arities(n, 2) for n in (1, 2, 5)] == [[1], [2], [2, 2, 1]]
     assert arities(13, 8) == [8, 4, 1] and arities(6, 6) == [4, 2] and arities(3, 1) == [1, 1, 1]
     assert [bucket(n, 256) for n in (1, 2, 3, 8, 9, 33, 200)] == [1, 8, 8, 8, 32, 128, 256]
     assert [bucket(n, 8) for n in (1, 2, 3, 8)] == [1, 2, 8, 8] and bucket(3, 4) == 4
+    assert [sizes(n) for n in (1, 32, 256, 2048)] == [(1,), (1, 8, 32), (8, 32, 128, 256), (32, 128, 256)]
+    assert sizes(1 << 20) == (256,)
+    many = sizes(2048)
+    assert [calls(n, many) for n in (0, 1, 33, 100, 150, 200)] == [(), (32,), (32, 32), (128,), (128, 32), (256,)]
+    assert calls(555, many) == (256, 256, 32, 32)
     assert [padded(n) for n in (1, 2, 8, 9, 17)] == [1, 8, 8, 16, 32]
     ids = np.array([[4, 1], [1, 0], [2, 4]])
     rows, slots = assign(ids, np.array([True, True, False]), [1, 4], 4)

@@ -79,6 +79,17 @@ def llama_cpp(file: Path) -> Generate:
     return generate
 
 
+def model_in(folder: Path, layers: int) -> Path:
+    """The random model in a folder, made there if it is not."""
+    sizes: dict[str, Any] = dict(vocab_size=49152, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64)
+    sizes |= dict(num_experts=16, top_k=2, expert_ff=1152, max_seq_len=2048, rope_theta=10000.0, bos_id=0)
+    a = mixtral.architecture(num_layers=layers, eos_ids=(1,), tie_embeddings=True, **sizes)
+    directory = folder / f"{layers}-layers"
+    if not (directory / "config.json").is_file():
+        write_tiny(directory, a)
+    return directory
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
@@ -86,12 +97,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
-    sizes: dict[str, Any] = dict(vocab_size=49152, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64)
-    sizes |= dict(num_experts=16, top_k=2, expert_ff=1152, max_seq_len=2048, rope_theta=10000.0, bos_id=0)
-    a = mixtral.architecture(num_layers=args.layers, eos_ids=(1,), tie_embeddings=True, **sizes)
-    folder = args.folder / f"{args.layers}-layers"
-    if not (folder / "config.json").is_file():
-        write_tiny(folder, a)
+    folder = model_in(args.folder, args.layers)
     file, checkpoint = write_gguf(folder, folder / "float32.gguf"), HFCheckpoint(folder)
     contenders = {
         "ours, float32 experts": ours(checkpoint, jnp.float32),
@@ -99,7 +105,7 @@ def main() -> None:
         "transformers": transformers(folder),
         "llama.cpp": llama_cpp(file),
     }
-    prompt = np.random.default_rng(0).integers(3, a.vocab_size, PROMPT).tolist()
+    prompt = np.random.default_rng(0).integers(3, checkpoint.architecture.vocab_size, PROMPT).tolist()
     tokens, times = {}, {name: [] for name in contenders}
     for turn in range(args.turns + 1):  # the first warms up
         for name, generate in contenders.items():

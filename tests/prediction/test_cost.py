@@ -1,5 +1,7 @@
 """What the learned network costs next to the model it predicts for, counted from shapes."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from moe_jax.prediction.interface import ModelParts, Spec
 from moe_jax.prediction.learned import Learned
 from tests.families.test_real_sizes import MODELS
 
-DEFAULTS = get_config()
+DEFAULTS: Any = get_config()
 LEARNED = Learned(DEFAULTS.fit.hidden, DEFAULTS.fit.expert_hidden)
 
 

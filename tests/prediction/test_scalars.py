@@ -1,6 +1,7 @@
 """Curves: what is written can be read again."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -22,15 +23,13 @@ def test_json_lines_go_on_where_a_run_stopped(tmp_path):
 
 
 def test_tensorboard_reads_the_events(tmp_path):
-    pytest.importorskip("tensorboardX")
-    from tensorboardX.proto.event_pb2 import Event
-
+    events: Any = pytest.importorskip("tensorboardX.proto.event_pb2")
     write(tmp_path)
     (file,) = tmp_path.glob("events*")
     data, seen = file.read_bytes(), []
     while data:  # a record: length (8 bytes), its checksum (4), the event, its checksum (4)
         length = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + length])
+        event = events.Event.FromString(data[12 : 12 + length])
         seen += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
         data = data[16 + length :]
     assert seen == [(1, "loss", 0.5), (2, "loss", 0.25), (2, "validation_recall", 0.75)]

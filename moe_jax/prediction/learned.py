@@ -61,7 +61,7 @@ class Network(nnx.Module):
         """The echo of this layer, [..., rank] of x [..., D]."""
         return x @ self.echo_in[...] + self.echo_bias[...]
 
-    def of_chosen(self, x: jax.Array, ids: jax.Array, gates: jax.Array) -> jax.Array:
+    def of_chosen(self, x: jax.Array, ids: Array, gates: Array) -> jax.Array:
         """What the chosen experts say, [R, H * E]: x [R, D], ids [R, K] (-1: none), gates [R, K] (0 where none)."""
         inner = jnp.einsum("rd,rkdm->rkm", x, self.expert_in[...][ids]) + self.expert_bias[...][ids]
         out = jnp.einsum("rkm,rkmo->rko", jax.nn.gelu(inner), self.expert_out[...][ids]) + self.gates[...][ids]
@@ -191,7 +191,7 @@ class Learned:
             logits = place(x, place.of_all(x, gates), previous, echo)
             return logits, place.margins(logits, top_k)
 
-        return jax.vmap(call)(network, *map(rows, inputs), rows(echo))
+        return jax.vmap(call)(network, rows(inputs.x), rows(inputs.gates), rows(inputs.previous), rows(echo))
 
 
 def normalise(residual: Array, eps: Any) -> jax.Array:

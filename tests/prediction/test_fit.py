@@ -145,6 +145,7 @@ def test_the_closed_form_is_the_least_squares_solution(logs, place, h):
     logits = np.asarray(a.logits, np.float32)[:, target]
     logits = logits - logits.mean(-1, keepdims=True)
     wanted = (logits[:, 2:] if carry else logits[:, 1:-1]).reshape(40 * 14, -1)
-    expected = table @ np.linalg.lstsq(table, wanted, rcond=1e-5)[0]
+    # Gates sum to 1 but for their rounding, which is not to be learned from.
+    expected = table @ np.linalg.lstsq(table, wanted, rcond=1e-3)[0]
     # The ridge, and float32 sums of badly conditioned columns, leave a little.
     assert (ours.reshape(expected.shape) - expected).std() < 0.03 * wanted.std()

@@ -160,7 +160,7 @@ def unwhiten(network: dict[str, jax.Array], basis: Mapping[str, Any]) -> dict[st
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="steps")
 def calibrate(spec: Spec, network: dict[str, Any], basis: Any, a: Activations, steps: int = 60) -> dict[str, Any]:
-    """Scale and shift of every layer and horizon, fitted to a few windows: regression leaves logits far too flat."""
+    """Scale and shift of every layer and horizon, fitted to a few windows: what fits logits leaves them too flat."""
     plain = network | {"scale": jnp.ones_like(network["scale"]), "shift": jnp.zeros_like(network["shift"])}
     inputs = window_inputs(spec.norm_eps, a, spec.horizon)
     _, margins = Learned().score_windows(unwhiten(plain, basis), inputs, spec.top_k)
@@ -176,7 +176,7 @@ def calibrate(spec: Spec, network: dict[str, Any], basis: Any, a: Activations, s
         updates, optimizer_state = adam.update(jax.grad(objective)(carry[0]), carry[1])
         return optax.apply_updates(carry[0], updates), optimizer_state
 
-    affine = {"scale": plain["scale"], "shift": plain["shift"]}
+    affine = {"scale": network["scale"], "shift": network["shift"]}
     return network | jax.lax.fori_loop(0, steps, step, (affine, adam.init(affine)))[0]
 
 

@@ -122,6 +122,7 @@ def fit(
             return state
         return state | {"best": _best(recall, loss, step, state["network"])}
 
+    few = log.read(_rows(train, 0, min(c.batch_windows, 4), c.seed))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(directory / "checkpoints", options=options) as manager:
         if (latest := manager.latest_step()) is not None:
@@ -130,7 +131,6 @@ def fit(
         else:
             began = time.time()
             solved, basis = least_squares(network, spec, log, train, c.ridge, c.batch_windows)
-            few = log.read(_rows(train, 0, min(c.batch_windows, 4), c.seed))
             state |= {"network": calibrate(spec, solved, basis, few), "basis": basis}
             logging.info("least squares took %.1f s", time.time() - began)
             state = look(state, 0)
@@ -146,7 +146,9 @@ def fit(
             if done % c.checkpoint_every == 0 or done == c.steps:
                 manager.save(done, args=ocp.args.StandardSave(state), force=True)
     best = state["best"]
-    params = {"network": jax.jit(unwhiten)(best["network"], state["basis"]), "eps": jnp.float32(spec.norm_eps)}
+    # Scale and shift follow slowly while the logits under them improve.
+    network = calibrate(spec, best["network"], state["basis"], few)
+    params = {"network": jax.jit(unwhiten)(network, state["basis"]), "eps": jnp.float32(spec.norm_eps)}
     return params, {name: float(best[name]) for name in ("recall", "loss", "step")}
 
 

@@ -135,9 +135,10 @@ class ArrayStore:
 
     def unpin_all(self) -> None:
         """Drops every pin. The runtime itself keeps the memory of a computation that still runs."""
-        for key, entry in self.resident.items():
-            entry.pins = 0
-            self.unpinned[key] = True
+        if np.count_nonzero(self.unpinned) < len(self.resident):
+            for key, entry in self.resident.items():
+                entry.pins = 0
+                self.unpinned[key] = True
 
     def idle(self, table: np.ndarray) -> np.ndarray:
         """Of resident experts, bool [L, E]: those that no running computation uses."""

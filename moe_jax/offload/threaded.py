@@ -240,6 +240,7 @@ class ThreadLoader(Loader):
             if flight.moving or (flight.moved < flight.transfer.slices and flight.error is None):
                 return
             flight.landing = True
+            self._work.notify()  # another thread has the link meanwhile
         self._land(flight)
 
     def _land(self, flight: _Flight) -> None:

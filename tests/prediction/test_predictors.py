@@ -18,7 +18,7 @@ from moe_jax.prediction import predictors, saved
 from moe_jax.prediction.interface import Features, ModelParts, Spec, fingerprint, last_ids, multi_hot
 from tests.prediction.synthetic import SPEC, activations, parts
 
-ALL = [*predictors.BASELINES.values(), predictors.DefaultVector(), predictors.Learned(hidden=4)]
+ALL = [*predictors.BASELINES.values(), predictors.DefaultVector(), predictors.Learned(4, 2)]
 ALL += [predictors.BestPerLayer()]
 named = pytest.mark.parametrize("predictor", ALL, ids=lambda p: p.name)
 

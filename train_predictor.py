@@ -1,6 +1,7 @@
 """Trains the network that predicts which experts the next layers will need.
 
     python train_predictor.py --config=configs/predictor.py [--text=FOLDER_OR_FILE ...] [--config.FIELD=VALUE ...]
+    python train_predictor.py --score=shipped|FOLDER [--test_text=FILE ...]        nothing is trained: the tables only
 
 Runs the model over text, logs activations to disk, fits the network, and prints recall by layer and horizon on texts it
 has not seen. Killed at any moment, the same command goes on where it stopped and ends with the same weights.
@@ -11,6 +12,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
@@ -23,9 +25,13 @@ VALIDATION_TEXT = flags.DEFINE_multi_string(
     "validation_text", [], "File that chooses when to stop; repeatable. Default: the shipped development texts."
 )
 TEST_TEXT = flags.DEFINE_multi_string("test_text", [], "File to test on; repeatable. Default: the shipped test texts.")
+SCORE = flags.DEFINE_string(
+    "score", None, "Train nothing: score this predictor's folder, or `shipped`, on --test_text."
+)
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write scores and timings to this file.")
 
-COMPARED = ("best_per_layer", "learned", "default_vector", "router", "repeat", "frequency")  # in the table
+CHOSEN_ON = 96  # windows of the validation texts that the best predictor of every layer is chosen on
+COMPARED = ("learned", "best_per_layer", "router", "default_vector", "repeat", "frequency", "random")  # in the tables
 
 
 def main() -> None:
@@ -39,7 +45,7 @@ def main() -> None:
     from moe_jax.inference.session import Model, shipped
     from moe_jax.model.layers import parameter_counts
     from moe_jax.prediction import best as best_per_layer
-    from moe_jax.prediction import fit, lookahead, metrics, predictors, report, saved, texts
+    from moe_jax.prediction import fit, lookahead, metrics, predictors, report, saved, scalars, texts
     from moe_jax.prediction.activation_log import ActivationLog
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
 
@@ -56,58 +62,83 @@ def main() -> None:
     if not 2 <= c["window"] < a.max_seq_len:
         raise UserError(f"config.window={c['window']} must be from 2 to {a.max_seq_len - 1} for this model")
 
+    def logged(name, plan):
+        log = ActivationLog(output / "log" / name, spec, identity, plan)
+        title = f"logging {name} text, {plan.lengths.sum():,} tokens"
+        with report.progress(title, len(plan.tokens)) as advance:
+            activations.write_log(model.engine, log, lambda done: advance(done, {}))
+        return log
+
+    def score(name, log, weights, windows=None):
+        own = predictors.params_of(name, spec, parts, weights, c["seed"])
+        return metrics.evaluate(predictors.named(name), own, spec, log, windows)
+
+    def tell(log, weights, summary):
+        """The tables on the test texts, and the document for programs."""
+        summary = summary | {"test_tokens": int(log.windows.lengths.sum())}
+        scores = {name: score(name, log, weights) for name in COMPARED}
+        report.print_scores(scores, spec)
+        if OUTPUT_JSON.value:
+            by_name = {name: score.to_dict() for name, score in scores.items()}
+            document = {"config": c, "spec": dataclasses.asdict(spec), **summary, "scores": by_name}
+            Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+
     ours = {name: sorted(map(str, shipped(name).glob("*.txt"))) for name in ("development", "held_out")}
     chosen_on, tests = VALIDATION_TEXT.value or ours["development"], TEST_TEXT.value or ours["held_out"]
-    sources = TEXT.value or [texts.standard_library()]
     encode = model.tokenizer.encode
+    test_plan = texts.plan(encode, tests, c["window"])
+    if SCORE.value:
+        directory = shipped("predictor") if SCORE.value == "shipped" else Path(SCORE.value)
+        weights = saved.load(directory, spec, identity)
+        tell(logged("test", test_plan), weights, {"model": identity, "predictor": str(directory)})
+        model.close()
+        return
+
+    sources = TEXT.value or [texts.standard_library()]
     # Neither what is tested on nor what is chosen on is trained on, whoever ships it.
     exclude = [*chosen_on, *tests, *ours["development"], *ours["held_out"]]
     train_plan = texts.plan(encode, sources, c["window"], c["max_tokens"], c["seed"], exclude=exclude)
-    validation_plan, test_plan = (texts.plan(encode, files, c["window"]) for files in (chosen_on, tests))
-    logs = {}
-    for name, plan in (("train", train_plan), ("validation", validation_plan), ("test", test_plan)):
-        logs[name] = ActivationLog(output / "log" / name, spec, identity, plan)
-        title = f"logging {name} text, {plan.lengths.sum():,} tokens"
-        with report.progress(title, len(plan.tokens)) as advance:
-            activations.write_log(model.engine, logs[name], lambda done, advance=advance: advance(done, {}))
+    validation_plan = texts.plan(encode, chosen_on, c["window"])
+    log, validation, test = map(logged, ("train", "validation", "test"), (train_plan, validation_plan, test_plan))
     logged_s = time.time() - started
 
+    curves = scalars.writers(output / "scalars")
     with report.progress("fitting", settings.steps) as advance:
-        params, best = fit.fit(settings, spec, parts, logs["train"], logs["validation"], output / "fit", advance)
+
+        def measured(step, values):
+            advance(step, values)
+            for writer in curves:
+                writer.write(step, values)
+
+        params, best = fit.fit(settings, spec, parts, log, validation, output / "fit", measured)
+    for writer in curves:
+        writer.close()
     fitted_s = time.time() - started - logged_s
 
-    vectors, unseen = lookahead.default_vectors(*logs["train"].outputs())
+    vectors, unseen = lookahead.default_vectors(*log.outputs())
     weights = {"network": params["network"], "vectors": vectors}
-
-    def score(name, log):
-        own = predictors.params_of(name, spec, parts, weights, c["seed"])
-        return metrics.evaluate(predictors.named(name), own, spec, log)
-
-    chosen_by = {name: score(name, logs["validation"]) for name in best_per_layer.CANDIDATES}
+    some = np.arange(0, len(validation_plan.tokens), -(-len(validation_plan.tokens) // CHOSEN_ON))
+    chosen_by = {name: score(name, validation, weights, some) for name in best_per_layer.CANDIDATES}
     recall, first = ({name: getattr(s, field) for name, s in chosen_by.items()} for field in ("recall", "first"))
     weights["best"] = best_per_layer.choose(recall, first)
-    scores = {name: score(name, logs["test"]) for name in COMPARED}
-    cost = predictors.Learned.multiply_adds(params) * spec.num_layers / parameter_counts(a)["active"]
+    own = predictors.Learned(settings.hidden, settings.expert_hidden).multiply_adds(spec) * (spec.num_layers + 1)
+    cost = own / parameter_counts(a)["active"]
     summary = {
         "model": identity,
         "train_tokens": int(train_plan.lengths.sum()),
-        "test_tokens": int(test_plan.lengths.sum()),
         "validation": best,
         "experts_never_seen": unseen,
         "share_of_active_multiply_adds": cost,
         "seconds": {"logging": logged_s, "fitting": fitted_s, "total": time.time() - started},
     }
     saved.save(output / "predictor", weights, spec, identity, {"config": c, **summary})
-    report.print_scores(scores, spec)
+    tell(test, saved.load(output / "predictor", spec, identity), summary)  # rounded, as they will be used
     print(
-        f"{summary['train_tokens']:,} tokens; logging {logged_s:.0f} s, fitting {fitted_s:.0f} s; the network costs"
-        f" {100 * cost:.1f}% of the model's active multiply-adds; {unseen} experts were never routed to\n"
+        f"{summary['train_tokens']:,} tokens; logging {logged_s:.0f} s, fitting {fitted_s:.0f} s, with choosing and"
+        f" testing {time.time() - started:.0f} s; the network costs {100 * cost:.1f}% of the model's active"
+        f" multiply-adds; {unseen} experts were never routed to\n"
         f"saved: --config.prefetch.checkpoint={output / 'predictor'}"
     )
-    if OUTPUT_JSON.value:
-        by_name = {name: score.to_dict() for name, score in scores.items()}
-        document = {"config": c, "spec": dataclasses.asdict(spec), **summary, "scores": by_name}
-        Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
     model.close()
 
 

@@ -11,7 +11,7 @@ from moe_jax.model.primitives import RMSNorm, linear
 from moe_jax.model.rope import apply_rope
 
 BLOCK = 512
-"""Positions of the cache that several tokens attend over at a time."""
+"""Positions of the cache that several tokens attend over at a time; one token over half as many."""
 
 
 def attend(
@@ -90,10 +90,6 @@ def attend_cache(
 ) -> jax.Array:
     """`attend` of new tokens over a cache, which holds them too: each sees the slots up to its own position.
 
-    Several tokens per row go over the cache in blocks, from the first that any of them sees to the last that is filled,
-    with the running softmax of arXiv 1805.02867: empty capacity costs nothing, scores take a block's memory, and one
-    executable serves every length.
-
     Args:
       q: [B, T, N, H]; k: [B, S, G, H]; v: [B, S, G, Hv]; slot s holds position s.
       positions: of the new tokens, int32 [B, T].
@@ -102,11 +98,26 @@ def attend_cache(
     Returns:
       [B, T, N, Hv].
     """
+
+    def blocks(q, k, v, positions):
+        width = min(BLOCK if q.shape[1] > 1 else BLOCK // 2, k.shape[1])
+        return _attend_blocks(q, k, v, positions, scale, window, sinks, width)
+
+    def whole(q, k, v, positions):
+        return attend(q, k, v, cache_mask(positions, jnp.arange(k.shape[1]), window), scale, sinks)
+
+    if q.shape[1] > 1:
+        return blocks(q, k, v, positions)
+    # To an accelerator one token is no work: there every turn of a loop would cost more than reading what is empty.
+    return jax.lax.platform_dependent(q, k, v, positions, cpu=blocks, default=whole)
+
+
+def _attend_blocks(q, k, v, positions, scale, window, sinks, width):
+    """Goes over the cache in blocks of `width` slots, from the first that any token sees to the last, with the running
+    softmax of arXiv 1805.02867: empty capacity costs nothing, scores take a block's memory, and one executable serves
+    every length. A block that a token does not see changes no bit of it."""
     B, T, N, H = q.shape
     S, G, Hv = v.shape[1:]
-    if T == 1:
-        return attend(q, k, v, cache_mask(positions, jnp.arange(S), window), scale, sinks)
-    width = min(BLOCK, S)
     # Rows of a product are a key head's query heads and tokens: [B, G, N / G * T, H].
     q = q.reshape(B, T, G, N // G, H).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, H)
     rows = q.shape[:3]
@@ -131,9 +142,10 @@ def attend_cache(
         highest = jnp.broadcast_to(sink, (B, G, N // G, T)).reshape(rows)
         total = jnp.ones(rows, jnp.float32)
     first = 0 if window is None else jnp.maximum(positions.min() - window + 1, 0) // width
-    last = jnp.minimum(positions.max(), S - 1) // width
+    last = jnp.where(positions < S, positions, 0).max() // width  # others are padding
     mixed = jnp.zeros((*rows, Hv), jnp.float32)
     mixed, _, total = jax.lax.fori_loop(first, last + 1, step, (mixed, highest, total))
+    total = jnp.maximum(total, 1e-30)  # padding may see nothing; the total of others is at least 1
     heads = (mixed / total[..., None]).astype(v.dtype).reshape(B, N, T, Hv)
     return heads.swapaxes(1, 2)
 

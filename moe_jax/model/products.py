@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 
 _MOST_ROWS_IN_TERMS = 128
+_LARGE = 1 << 20  # weights
 
 
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """`x [R, in]` times `weight [out, in]` (of x's dtype, bfloat16 or int8) transposed, in x's dtype: `[R, out]`."""
-    if weight.dtype == x.dtype == jnp.float32 and len(x) != 2:
+    if weight.dtype == x.dtype == jnp.float32 and len(x) > 2:
         return _plain(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=_on_cpu, default=_plain)
 
@@ -35,7 +36,7 @@ def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
     rows = len(x)
     if weight.dtype == jnp.float32:  # two rows at once take longer than one after the other
-        return jnp.concatenate([jax.lax.optimization_barrier(_plain(row, weight)) for row in (x[:1], x[1:])])
+        return jnp.concatenate([jax.lax.optimization_barrier(_row(row, weight)) for row in jnp.split(x, rows)])
     if rows == 1:
         # Sums of products go to YNNPACK, which widens in registers. Behind a barrier with the weight, x is nothing
         # that products share: what they share is first repeated in memory, once for every output.
@@ -51,6 +52,16 @@ def _on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
     terms = jax.lax.optimization_barrier(jnp.concatenate(bfloat16_terms(x)))
     y = jax.lax.dot_general(terms, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return y[:rows] + y[rows : 2 * rows] + y[2 * rows :]
+
+
+def _row(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """One float32 row. As a batch of two products, threads share a large matrix evenly, whatever its shape (2304 x 576:
+    15% faster than whole)."""
+    out, width = weight.shape
+    if out % 2 or weight.size < _LARGE:
+        return _plain(x, weight)
+    halves = jnp.broadcast_to(x, (2, 1, width)), weight.reshape(2, out // 2, width)
+    return jax.lax.dot_general(*halves, (((2,), (2,)), ((0,), (0,)))).reshape(1, out)
 
 
 def bfloat16_terms(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,8 +1,8 @@
 """Fits the learned predictor to an activation log: a linear solution in closed form, then gradient descent.
 
 Least squares against the target layers' router logits gets the direct part near its best in one pass over the log,
-which thousands of gradient steps would not (`closed_form.py`). Binary cross-entropy on membership in the true top K
-then trains all of it, so that the outputs are calibrated probabilities.
+which thousands of gradient steps would not (`closed_form.py`). Gradient descent on the same error, and on binary
+cross-entropy of membership in the true top K, then trains all of it: outputs become calibrated probabilities.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from moe_jax.prediction.closed_form import calibrate, least_squares, padded, unw
 from moe_jax.prediction.interface import ModelParts, Spec
 from moe_jax.prediction.learned import Learned, window_inputs, window_targets
 
-DIRECT = ("residual", "gates", "previous", "echo")  # tables that need no hidden layer
+DIRECT = ("near", "far_in", "far_out", "gates", "previous", "echo_in", "echo_out")  # what the closed form gives
 Schedule = tuple[int, float, float]
 """Steps, and the peak learning rates of the hidden layer and of the direct part."""
 
@@ -39,10 +39,11 @@ class FitConfig:
     """How a predictor is fitted; `configs/predictor.py` says what the values cost.
 
     Attributes:
-      hidden: width of the hidden layer.
+      hidden: width of the hidden layer that every token uses.
+      expert_hidden: width of every expert's own.
       steps: gradient steps; 0 keeps the closed form.
       batch_windows: windows per step.
-      learning_rate: peak rate of the hidden layer; the direct part, already solved for, gets `direct_rate` of it.
+      learning_rate: peak rate of the hidden layers; the direct part, already solved for, gets `direct_rate` of it.
       ridge: regularisation of the closed form, relative to the mean square of the inputs.
       evaluate_every: steps between looks at the validation windows; the best of them is kept.
       checkpoint_every: steps between checkpoints.
@@ -50,6 +51,7 @@ class FitConfig:
     """
 
     hidden: int
+    expert_hidden: int
     steps: int
     batch_windows: int
     learning_rate: float
@@ -61,7 +63,15 @@ class FitConfig:
     patience: int
 
     def __post_init__(self):
-        least = {"hidden": 1, "steps": 0, "batch_windows": 1, "learning_rate": 0, "direct_rate": 0, "ridge": 0}
+        least = {
+            "hidden": 1,
+            "expert_hidden": 1,
+            "steps": 0,
+            "batch_windows": 1,
+            "learning_rate": 0,
+            "direct_rate": 0,
+            "ridge": 0,
+        }
         for name, low in (least | {"evaluate_every": 1, "checkpoint_every": 1, "patience": 1}).items():
             if not getattr(self, name) >= low:
                 raise UserError(f"config.fit.{name} must be at least {low}, not {getattr(self, name)}")
@@ -95,7 +105,7 @@ def fit(
       UserError: the directory belongs to another run.
     """
     train, held_out = np.arange(len(log.windows.tokens)), np.arange(len(validation.windows.tokens))
-    network = Learned(c.hidden).init(jax.random.key(c.seed), spec, parts)["network"]
+    network = Learned(c.hidden, c.expert_hidden).init(jax.random.key(c.seed), spec, parts)["network"]
     state = _start(c, spec, network)
     directory = Path(directory).absolute()
     run: dict[str, Any] = {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec)}
@@ -112,6 +122,7 @@ def fit(
             return state
         return state | {"best": _best(recall, loss, step, state["network"])}
 
+    few = log.read(_rows(train, 0, min(c.batch_windows, 4), c.seed))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(directory / "checkpoints", options=options) as manager:
         if (latest := manager.latest_step()) is not None:
@@ -120,7 +131,6 @@ def fit(
         else:
             began = time.time()
             solved, basis = least_squares(network, spec, log, train, c.ridge, c.batch_windows)
-            few = log.read(_rows(train, 0, min(c.batch_windows, 4), c.seed))
             state |= {"network": calibrate(spec, solved, basis, few), "basis": basis}
             logging.info("least squares took %.1f s", time.time() - began)
             state = look(state, 0)
@@ -136,7 +146,9 @@ def fit(
             if done % c.checkpoint_every == 0 or done == c.steps:
                 manager.save(done, args=ocp.args.StandardSave(state), force=True)
     best = state["best"]
-    params = {"network": jax.jit(unwhiten)(best["network"], state["basis"]), "eps": jnp.float32(spec.norm_eps)}
+    # Scale and shift follow slowly while the logits under them improve.
+    network = calibrate(spec, best["network"], state["basis"], few)
+    params = {"network": jax.jit(unwhiten)(network, state["basis"]), "eps": jnp.float32(spec.norm_eps)}
     return params, {name: float(best[name]) for name in ("recall", "loss", "step")}
 
 
@@ -160,10 +172,12 @@ def _best(recall: float, loss: float, step: int, network: dict[str, Any]) -> dic
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _update(schedule: Schedule, spec: Spec, state: dict[str, Any], a: Activations) -> tuple[dict[str, Any], jax.Array]:
     """One gradient step; the new state and the loss before it."""
+    inputs = window_inputs(spec.norm_eps, a, spec.horizon)
+    wanted = _wanted(spec, a)
 
     def objective(network):
-        sums = _sums(spec, {"network": network, "basis": state["basis"]}, a)
-        return sums[2] / jnp.maximum(sums[0], 1)
+        logits, margins = Learned().score_windows(unwhiten(network, state["basis"]), inputs, spec.top_k)
+        return (_losses(wanted, logits, margins).mean(-1) * wanted.known).sum() / jnp.maximum(wanted.known.sum(), 1)
 
     loss, gradient = jax.value_and_grad(objective)(state["network"])
     updates, optimizer_state = _optimizer(schedule).update(gradient, state["optimizer"], state["network"])
@@ -171,16 +185,42 @@ def _update(schedule: Schedule, spec: Spec, state: dict[str, Any], a: Activation
     return state | {"step": state["step"] + 1, "network": network, "optimizer": optimizer_state}, loss
 
 
+class Wanted(NamedTuple):
+    """What some windows say the answers are, [P, R, H, E]."""
+
+    members: jax.Array  # multi-hot true top K
+    logits: jax.Array  # of the router, centred
+    known: jax.Array  # bool [P, R, H]
+
+
+def _wanted(spec: Spec, a: Activations) -> Wanted:
+    logits = a.logits.astype(jnp.float32)
+    centred, known = window_targets(logits - logits.mean(-1, keepdims=True), a.lengths, spec.horizon)
+    return Wanted(window_targets(used(a, spec), a.lengths, spec.horizon)[0], centred, known)
+
+
+def _losses(wanted: Wanted, logits: jax.Array, margins: jax.Array) -> jax.Array:
+    """Squared error of the router's logits, over their variance, and cross-entropy of membership, [P, R, H, E].
+
+    All of the router's logits say far more than which K of them are the largest, and near ones can be told almost
+    exactly; far ones cannot, and there it is membership that counts.
+    """
+    known = wanted.known[..., None]
+    count = jnp.maximum(known.sum((1, 3), keepdims=True), 1) * logits.shape[-1]
+    variance = (wanted.logits**2 * known).sum((1, 3), keepdims=True) / count + 1e-6  # [P, 1, H, 1]
+    error = (logits - logits.mean(-1, keepdims=True) - wanted.logits) ** 2 / variance
+    return error + optax.sigmoid_binary_cross_entropy(margins, wanted.members)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(spec: Spec, state: dict[str, Any], a: Activations) -> jax.Array:
-    """Of all known targets of some windows: their number, their recall and their cross-entropy, float32 [3]."""
-    inputs = window_inputs(spec.norm_eps, a, spec.horizon)
-    scores = Learned().score_windows(unwhiten(state["network"], state["basis"]), inputs, spec.top_k)  # [L, R, H, E]
-    wanted, known = window_targets(used(a, spec), a.lengths, spec.horizon)
-    losses = optax.sigmoid_binary_cross_entropy(scores, wanted).mean(-1) * known
-    ranked = jax.lax.top_k(jax.lax.stop_gradient(scores), spec.top_k)[1]
-    recall = jnp.take_along_axis(wanted, ranked, axis=-1).sum(-1) / spec.top_k * known
-    return jnp.stack([known.sum().astype(jnp.float32), recall.sum(), losses.sum()])
+    """Of all known targets of some windows: their number, their recall and their loss, float32 [3]."""
+    inputs, wanted = window_inputs(spec.norm_eps, a, spec.horizon), _wanted(spec, a)
+    logits, margins = Learned().score_windows(unwhiten(state["network"], state["basis"]), inputs, spec.top_k)
+    ranked = jax.lax.top_k(margins, spec.top_k)[1]
+    recall = jnp.take_along_axis(wanted.members, ranked, axis=-1).sum(-1) / spec.top_k * wanted.known
+    losses = _losses(wanted, logits, margins).mean(-1) * wanted.known
+    return jnp.stack([wanted.known.sum().astype(jnp.float32), recall.sum(), losses.sum()])
 
 
 def _optimizer(schedule: Schedule) -> optax.GradientTransformation:

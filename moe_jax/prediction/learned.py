@@ -1,19 +1,23 @@
 """The learned predictor: a small network per place, whose tables all places share one executable for.
 
 Place 0 is the token's embedding, before layer 0; place l + 1 is layer l, after its router. A place's network reads the
-normalised residual (or embedding), the current gates, the experts that the last token used in the target layers, and
-the *echo* of the target layers: what each of them, when the last token passed it, left for the next one to add to its
-scores. Attention makes much of the last token, so that this is worth more than anything else but the residual.
+normalised residual (or embedding), the chosen experts with their gates, the experts that the last token used in the
+target layers, and the *echo* of the target layers: a few numbers that each of them, when the last token passed it, left
+for the next one. Attention makes much of the last token, so that this is worth more than all else but the residual.
 
-The direct part is one matrix per horizon, which starts as the router look-ahead of the target layer and is then solved
-for (`fit.least_squares`); a small hidden layer corrects it. A table per place costs no more compute than a shared trunk
-of the same width, and little memory while the network is small.
+What the chosen experts are about to add to the residual is what a look-ahead lacks most: a regression that is told it
+finds 2 to 6 points more of the next layer's experts. So every expert has a small hidden layer of its own, and only
+those of the K chosen ones are computed.
+
+The direct part (full matrices for the next two layers, one of low rank for all of them, and the echo) is solved for
+(`closed_form.py`); the hidden layers correct it. A table per place costs no more compute than a shared trunk of the
+same width, and little memory while the network is small.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,51 +26,76 @@ from flax import nnx
 
 from moe_jax.model.architecture import Routing
 from moe_jax.prediction.activation_log import Activations
-from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Spec, last_ids, multi_hot, targets
+from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Spec, last_ids, targets
+
+NEAR = 2  # horizons with a direct part of full rank: the nearer a target, the more directions tell its experts apart
+
+
+def rank(spec: Spec) -> int:
+    """Rank of the direct part for all horizons and width of the echo: no less than what a small model needs, and for
+    large ones what keeps the network under 3% of their multiply-adds."""
+    return min(spec.d_model, max(48, spec.d_model // 16))
 
 
 class Network(nnx.Module):
     """The network of one place. Weights are `[in, out]`; the last axis of an output is (horizon, expert), flattened."""
 
-    def __init__(self, spec: Spec, hidden: int, *, rngs: nnx.Rngs):
-        D, E, H = spec.d_model, spec.num_experts, spec.horizon
-        fan_in = D + E + H * E
-        self.residual = nnx.Param(jnp.zeros((D, H * E)))
-        self.gates = nnx.Param(jnp.zeros((E, H * E)))
-        self.previous = nnx.Param(jnp.zeros((H, E, E)))  # a target layer's last experts speak for that layer only
-        self.echo = nnx.Param(jnp.zeros((D, H * E)))  # of this layer, for the next token's predictions of it
-        self.echo_bias = nnx.Param(jnp.zeros((H * E,)))
-        self.bias = nnx.Param(jnp.zeros((H * E,)))
-        self.hidden_in = nnx.Param(jax.random.normal(rngs.params(), (fan_in, hidden)) / math.sqrt(D))
-        self.hidden_bias = nnx.Param(jnp.zeros((hidden,)))
-        self.hidden_out = nnx.Param(jnp.zeros((hidden, H * E)))
-        self.scale = nnx.Param(jnp.ones((H, 1)))
-        self.shift = nnx.Param(jnp.zeros((H, 1)))
+    def __init__(self, spec: Spec, hidden: int, expert_hidden: int, *, rngs: nnx.Rngs):
+        D, E, H, r = spec.d_model, spec.num_experts, spec.horizon, rank(spec)
+        zeros = lambda *shape: nnx.Param(jnp.zeros(shape))
+        normal = lambda *shape: nnx.Param(jax.random.normal(rngs.params(), shape) / math.sqrt(D))
+        self.near = zeros(D, min(NEAR, H) * E)  # the next layers only
+        self.far_in, self.far_out = zeros(D, r), zeros(r, H * E)
+        self.gates = zeros(E, H * E)
+        self.previous = zeros(H, E, E)  # a target layer's last experts speak for that layer only
+        self.echo_in, self.echo_bias = zeros(D, r), zeros(r)  # what this layer leaves
+        self.echo_out = zeros(H, r, E)  # what it makes of what the target layers left
+        self.bias = zeros(H * E)
+        self.hidden_in, self.hidden_bias = normal(D, hidden), zeros(hidden)
+        self.hidden_out = zeros(hidden, H * E)
+        self.expert_in, self.expert_bias = normal(E, D, expert_hidden), zeros(E, expert_hidden)
+        self.expert_out = zeros(E, expert_hidden, H * E)
+        self.scale, self.shift = nnx.Param(jnp.ones((H, 1))), zeros(H, 1)
 
     def leave(self, x: jax.Array) -> jax.Array:
-        """The echo of this layer, [..., H, E] of x [..., D]: horizon h is for a prediction made h layers before it."""
-        left = x @ self.echo[...] + self.echo_bias[...]
-        return left.reshape(*x.shape[:-1], self.scale.shape[0], -1)
+        """The echo of this layer, [..., rank] of x [..., D]."""
+        return x @ self.echo_in[...] + self.echo_bias[...]
 
-    def __call__(self, x: jax.Array, gates: jax.Array, previous: jax.Array, echo: jax.Array, top_k: int) -> jax.Array:
-        """Logits of membership in the true top K.
+    def of_chosen(self, x: jax.Array, ids: Array, gates: Array) -> jax.Array:
+        """What the chosen experts say, [R, H * E]: x [R, D], ids [R, K] (-1: none), gates [R, K] (0 where none)."""
+        inner = jnp.einsum("rd,rkdm->rkm", x, self.expert_in[...][ids]) + self.expert_bias[...][ids]
+        out = jnp.einsum("rkm,rkmo->rko", jax.nn.gelu(inner), self.expert_out[...][ids]) + self.gates[...][ids]
+        return jnp.einsum("rko,rk->ro", out, gates)
+
+    def of_all(self, x: jax.Array, gates: jax.Array) -> jax.Array:
+        """The same for gates [R, E] that are 0 for all but the chosen experts: many rows share the tables."""
+        inner = jnp.einsum("rd,edm->rem", x, self.expert_in[...]) + self.expert_bias[...]
+        inner = jax.nn.gelu(inner) * gates[..., None]
+        return jnp.einsum("rem,emo->ro", inner, self.expert_out[...]) + gates @ self.gates[...]
+
+    def __call__(self, x: jax.Array, of_experts: jax.Array, previous: jax.Array, echo: jax.Array) -> jax.Array:
+        """Estimates of the target layers' router logits.
 
         Args:
           x: normalised residual, float32 [R, D].
-          gates: of the chosen experts, 0 elsewhere, [R, E].
-          previous: multi-hot experts of the last token in the target layers, [R, H, E].
-          echo: what the target layers left, [R, H, E].
+          of_experts: what `of_chosen` or `of_all` says, [R, H * E].
+          previous: what the last token's experts in the target layers say, [R, H, E]: sums of rows of their tables.
+          echo: what the target layers left, [R, H, rank].
 
         Returns:
           Float32 [R, H, E].
         """
-        rows, flat = x.shape[0], previous.reshape(x.shape[0], -1)
-        hidden = jnp.concatenate([x, gates, flat], axis=-1) @ self.hidden_in[...] + self.hidden_bias[...]
-        out = x @ self.residual[...] + gates @ self.gates[...] + jax.nn.gelu(hidden) @ self.hidden_out[...]
-        out = (out + self.bias[...]).reshape(rows, *previous.shape[1:])
-        out = out + jnp.einsum("rhe,hef->rhf", previous, self.previous[...]) + echo
+        far = x @ self.far_in[...] @ self.far_out[...]
+        hidden = jax.nn.gelu(x @ self.hidden_in[...] + self.hidden_bias[...]) @ self.hidden_out[...]
+        out = (far + hidden + of_experts + self.bias[...]).reshape(previous.shape)
+        near = (x @ self.near[...]).reshape(len(x), -1, out.shape[-1])
+        out = out.at[:, : near.shape[1]].add(near)
+        return out + previous + jnp.einsum("rhk,hke->rhe", echo, self.echo_out[...])
+
+    def margins(self, logits: jax.Array, top_k: int) -> jax.Array:
+        """Logits of membership in the true top K out of estimated router logits [..., H, E]."""
         # Membership depends on how far a logit lies above or below the boundary between the K-th and the next one.
-        return (out - jax.lax.stop_gradient(boundary(out, top_k))) * self.scale[...] + self.shift[...]
+        return (logits - jax.lax.stop_gradient(boundary(logits, top_k))) * self.scale[...] + self.shift[...]
 
 
 def boundary(logits: jax.Array, top_k: int) -> jax.Array:
@@ -86,33 +115,33 @@ def boundary(logits: jax.Array, top_k: int) -> jax.Array:
 def _graph() -> Any:
     # The structure has no sizes in it, so that of the smallest network serves all.
     tiny = Spec(num_layers=1, num_experts=1, d_model=1, norm_eps=0.0, horizon=1, routing=Routing(top_k=1))
-    return nnx.graphdef(nnx.eval_shape(lambda: Network(tiny, 1, rngs=nnx.Rngs(0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: Network(tiny, 1, 1, rngs=nnx.Rngs(0))))
 
 
 class Learned:
     """The predictor around the network. State: of every layer, the experts that the last token used, int32 [B, L, K],
-    and what it left, float32 [B, L, H, E] (zero while unknown: after a prompt)."""
+    and what it left, float32 [B, L, rank] (zero while unknown: after a prompt)."""
 
     name = "learned"
 
-    def __init__(self, hidden: int = 24):
-        self.hidden = hidden
+    def __init__(self, hidden: int = 16, expert_hidden: int = 8):
+        """Widths of the hidden layer that every token uses and of every expert's own, of what `init` makes."""
+        self.hidden, self.expert_hidden = hidden, expert_hidden
         self._graph = _graph()
 
     def init(self, rng: jax.Array, spec: Spec, parts: ModelParts) -> Any:
-        """Untrained parameters, which give the router look-ahead. `network` holds tables stacked over L + 1 places."""
-        make = lambda key: nnx.to_pure_dict(nnx.split(Network(spec, self.hidden, rngs=nnx.Rngs(params=key)))[1])
+        """Untrained parameters, which say nothing. `network` holds tables stacked over L + 1 places."""
+        make = lambda key: nnx.to_pure_dict(
+            nnx.split(Network(spec, self.hidden, self.expert_hidden, rngs=nnx.Rngs(params=key)))[1]
+        )
         network = jax.vmap(make)(jax.random.split(rng, spec.num_layers + 1))
-        ahead = (np.arange(spec.num_layers + 1)[:, None] + np.arange(spec.horizon)) % spec.num_layers
-        routers = (parts.routers * parts.expert_norms[:, None])[ahead]  # [L + 1, H, E, D]
-        network["residual"] = jnp.asarray(routers.reshape(spec.num_layers + 1, -1, spec.d_model).swapaxes(1, 2))
         return {"network": network, "eps": jnp.float32(spec.norm_eps)}
 
     def init_state(self, spec: Spec, batch: int) -> Any:
         return self.prime(spec, np.full((spec.num_layers, batch, 1, spec.top_k), -1))
 
     def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
-        echo = jnp.zeros((ids.shape[1], spec.num_layers, spec.horizon, spec.num_experts))
+        echo = jnp.zeros((ids.shape[1], spec.num_layers, rank(spec)))
         return {"last": jnp.asarray(last_ids(ids)), "echo": echo}
 
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
@@ -122,42 +151,47 @@ class Learned:
             "last": state["last"].at[:, features.layer].set(features.ids),
             "echo": state["echo"].at[:, features.layer].set(network.leave(x)),
         }
-        gates = (jax.nn.one_hot(features.ids, state["echo"].shape[-1]) * features.gates[..., None]).sum(-2)
-        return self._predict(network, state, features.layer, x, gates), state
+        of_experts = network.of_chosen(x, features.ids, features.gates)
+        return self._predict(network, state, features.layer, x, of_experts), state
 
     def begin(self, params: Any, state: Any, embedding: jax.Array) -> tuple[Prediction, Any]:
-        x = normalise(embedding, params["eps"])
-        gates = jnp.zeros((x.shape[0], state["echo"].shape[-1]))
-        return self._predict(self._network(params, 0), state, -1, x, gates), state
+        network, x = self._network(params, 0), normalise(embedding, params["eps"])
+        return self._predict(network, state, -1, x, jnp.zeros((len(x), network.bias.shape[0]))), state
 
     def _network(self, params: Any, place: Any) -> Network:
         return nnx.merge(self._graph, jax.tree.map(lambda table: table[place], params["network"]))
 
-    def _predict(self, network: Network, state: Any, layer: Any, x: jax.Array, gates: jax.Array) -> Prediction:
-        (_, L, K), (H, E) = state["last"].shape, state["echo"].shape[2:]
+    def _predict(self, network: Network, state: Any, layer: Any, x: jax.Array, of_experts: jax.Array) -> Prediction:
+        H, (_, L, K) = network.scale.shape[0], state["last"].shape
         ahead = targets(jnp.arange(1, H + 1, dtype=jnp.int32), layer, L)
-        echo = state["echo"][:, ahead, jnp.arange(H)]
-        logits = network(x, gates, multi_hot(state["last"][:, ahead], E), echo, K)
-        # What tells members from the rest has about the scale of the router's own logits.
-        return Prediction(jax.nn.sigmoid(logits), logits)
+        last = state["last"][:, ahead]  # [B, H, K]
+        rows = network.previous[...][jnp.arange(H)[:, None], last]  # [B, H, K, E]
+        previous = (rows * (last >= 0)[..., None]).sum(-2)
+        logits = network(x, of_experts, previous, state["echo"][:, ahead])
+        return Prediction(jax.nn.sigmoid(network.margins(logits, K)), logits)
 
-    @staticmethod
-    def multiply_adds(params: Any) -> int:
-        """Multiply-adds of one place's call for one token."""
-        return sum(table[0].size for name, table in params["network"].items() if table.ndim > 2)
+    def multiply_adds(self, spec: Spec) -> int:
+        """Multiply-adds of one place's call for one token; tables of experts are looked up, not multiplied."""
+        D, E, K, out = spec.d_model, spec.num_experts, spec.top_k, spec.horizon * spec.num_experts
+        through = 2 * rank(spec) + self.hidden + K * self.expert_hidden  # numbers between x and the outputs
+        return D * min(NEAR, spec.horizon) * E + through * (D + out) + 2 * K * out
 
-    def score_windows(self, network: Any, inputs: tuple[jax.Array, jax.Array, jax.Array], top_k: int) -> jax.Array:
-        """Logits for whole windows, [P, W * T, H, E], as `apply` and `begin` give them; inputs as `window_inputs`'."""
-        x, gates, previous = inputs
-        P, W, T = x.shape[:3]
+    def score_windows(self, network: Any, inputs: Inputs, top_k: int) -> tuple[jax.Array, jax.Array]:
+        """Estimated router logits and logits of membership for whole windows, [P, W * T, H, E] each, as `apply` and
+        `begin` give them."""
+        P, W, T, D = inputs.x.shape
         merge = lambda tables: nnx.merge(self._graph, tables)
-        left = jax.vmap(lambda tables, x: merge(tables).leave(x))(network, x)[1:]  # [L, W, T, H, E]
-        before = jnp.pad(left, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))[:, :, :-1]
-        both = jnp.concatenate([before, left])
-        echo = jnp.stack([both[h : h + P, :, :, h] for h in range(left.shape[3])], axis=3)
+        left = jax.vmap(lambda tables, x: merge(tables).leave(x))(network, inputs.x)[1:]  # [L, W, T, rank]
+        echo = ahead(before(left), left, inputs.previous.shape[3])
         rows = lambda z: z.reshape(P, W * T, *z.shape[3:])
-        call = lambda tables, *xs: merge(tables)(*xs, top_k)
-        return jax.vmap(call)(network, rows(x), rows(gates), rows(previous), rows(echo))
+
+        def call(tables, x, gates, used, echo):
+            place = merge(tables)
+            previous = jnp.einsum("rhe,hef->rhf", used, place.previous[...])
+            logits = place(x, place.of_all(x, gates), previous, echo)
+            return logits, place.margins(logits, top_k)
+
+        return jax.vmap(call)(network, rows(inputs.x), rows(inputs.gates), rows(inputs.previous), rows(echo))
 
 
 def normalise(residual: Array, eps: Any) -> jax.Array:
@@ -166,18 +200,29 @@ def normalise(residual: Array, eps: Any) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def window_inputs(eps: Any, a: Activations, horizon: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The network's inputs for windows of a log, by place P = L + 1: x [P, W, T, D], gates [P, W, T, E] and previous
-    [P, W, T, H, E], which is zero for a window's first token."""
+class Inputs(NamedTuple):
+    """What the network reads of windows of a log, by place P = L + 1, float32."""
+
+    x: jax.Array  # [P, W, T, D] normalised residuals
+    gates: jax.Array  # [P, W, T, E]
+    previous: jax.Array  # [P, W, T, H, E] multi-hot experts of the last token in the target layers, or none
+
+
+def window_inputs(eps: Any, a: Activations, horizon: int) -> Inputs:
+    """The network's inputs; a window's first token knows no last one."""
     E = a.logits.shape[-1]
     by_layer = lambda x: jnp.swapaxes(x, 0, 1)
     one_hot = jax.nn.one_hot(by_layer(a.ids).astype(jnp.int32), E)
     gates = (one_hot * by_layer(a.gates).astype(jnp.float32)[..., None]).sum(-2)
     used = one_hot.sum(-2)  # [L, W, T, E]
-    before = jnp.pad(used, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
-    x = jnp.concatenate([a.embedding[None], by_layer(a.residual)])
+    x = normalise(jnp.concatenate([a.embedding[None], by_layer(a.residual)]), eps)
     # A wrapped target belongs to the next token: its last token is this one.
-    return normalise(x, eps), jnp.pad(gates, ((1, 0), (0, 0), (0, 0), (0, 0))), ahead(before, used, horizon)
+    return Inputs(x, jnp.pad(gates, ((1, 0), (0, 0), (0, 0), (0, 0))), ahead(before(used), used, horizon))
+
+
+def before(this: jax.Array) -> jax.Array:
+    """[L, W, T, ...] of the token before, zero for a window's first."""
+    return jnp.pad(this, ((0, 0), (0, 0), (1, 0), *[(0, 0)] * (this.ndim - 3)))[:, :, :-1]
 
 
 def window_targets(values: jax.Array, lengths: jax.Array, horizon: int) -> tuple[jax.Array, jax.Array]:
@@ -196,6 +241,6 @@ def window_targets(values: jax.Array, lengths: jax.Array, horizon: int) -> tuple
 
 
 def ahead(this: jax.Array, following: jax.Array, horizon: int) -> jax.Array:
-    """[L, W, T, E] of this token and of the next pass over the layers: [P, W, T, H, E] for the layers ahead."""
+    """[L, W, T, E] for targets in this token and in the next one: [P, W, T, H, E] for the layers ahead."""
     places, both = len(this) + 1, jnp.concatenate([this, following])
     return jnp.stack([both[h : h + places] for h in range(horizon)], axis=3)

@@ -42,6 +42,10 @@ class Scores:
         columns = [values[wraps[:, h] == wrapped, h] for h in range(values.shape[1])]
         return [float(column.mean()) if len(column) else None for column in columns]
 
+    def layer_0(self) -> float:
+        """Recall of layer 0's experts by the latest prediction there is when a token enters."""
+        return float(self.recall[-1, 0] if self.first is None else self.first[0])
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: [L][H] lists, and means by horizon with wrapped targets apart."""
         result: dict[str, Any] = {"before_layer_0": None if self.first is None else np.round(self.first, 5).tolist()}
@@ -65,7 +69,7 @@ def evaluate(
     spec: Spec,
     log: ActivationLog,
     windows: np.ndarray | None = None,
-    batch: int = 32,
+    batch: int = 120,
 ) -> Scores:
     """Runs `apply` over logged windows token by token and layer by layer, exactly as a decode loop would.
 

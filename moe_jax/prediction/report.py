@@ -40,6 +40,12 @@ def print_scores(scores: Mapping[str, Scores], spec: Spec) -> None:
             means.add_row(name, where, *map(shown, score.by_horizon("recall", wrapped)))
         means.add_section()
     console.print(means)
+    beginning = Table(title="layer 0, from the token's embedding where a predictor reads it, else from the last layer")
+    beginning.add_column("predictor", justify="right")
+    beginning.add_column("recall", justify="right")
+    for name, score in scores.items():
+        beginning.add_row(name, shown(score.layer_0()))
+    console.print(beginning)
     chosen = [h for h in (1, 2, 4, 8) if h <= spec.horizon]
     layers = Table(title=f"by layer: {' / '.join(scores)}; * the target is in the next token")
     for heading in ("layer", *(f"{h} ahead" for h in chosen)):

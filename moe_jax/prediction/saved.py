@@ -15,8 +15,9 @@ import orbax.checkpoint as ocp
 
 from moe_jax.errors import UserError
 from moe_jax.prediction.interface import Spec
+from moe_jax.prediction.learned import NEAR
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str, notes: dict[str, Any]) -> None:
@@ -78,10 +79,9 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
 def _cut(network: dict[str, Any], spec: Spec) -> dict[str, Any]:
     """The network for a shorter horizon."""
     H, E = spec.horizon, spec.num_experts
-    for name in ("residual", "gates", "echo", "echo_bias", "hidden_out", "bias"):
+    for name in ("far_out", "gates", "hidden_out", "expert_out", "bias"):
         network[name] = network[name][..., : H * E]
-    for name in ("previous", "scale", "shift"):
+    network["near"] = network["near"][..., : min(NEAR, H) * E]
+    for name in ("previous", "echo_out", "scale", "shift"):
         network[name] = network[name][:, :H]
-    # Rows of hidden_in: residual, gates, then the target layers' last experts, horizon by horizon.
-    network["hidden_in"] = network["hidden_in"][:, : spec.d_model + E + H * E]
     return network

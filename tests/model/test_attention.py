@@ -34,8 +34,9 @@ def written_out(q, k, v, positions, scale, window, sinks):
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 5, 20])
-@pytest.mark.parametrize("start", [0, 12, 16, 34])  # in one block, over two, at an edge, and to the end of a cut block
-def test_blocks_give_what_whole_attention_gives(start, window, sinks):
+# In one block, over two, at an edge, to the end of a cut block, and one token.
+@pytest.mark.parametrize(("start", "T"), [(0, 6), (12, 6), (16, 6), (34, 6), (37, 1)])
+def test_blocks_give_what_whole_attention_gives(start, T, window, sinks):
     S = 40  # no multiple of a block
     q, k, v, sink = random(B, T, N, H), random(B, S, G, H), random(B, S, G, H + 1), random(N) if sinks else None
     positions = np.stack([start + np.arange(T), np.maximum(start - 3, 0) + np.arange(T)]).astype(np.int32)
@@ -53,3 +54,5 @@ def test_blocks_that_nobody_sees_are_not_read():
     q, k, v, positions = (jnp.asarray(x) for x in (q, k, v, positions))
     assert np.isfinite(attend_cache(q, k, v, positions, 0.3, window=20)).all()
     assert np.isnan(attend_cache(q, k, v, positions + 3, 0.3, window=30)).any()
+    ended = jnp.concatenate([positions[:1], jnp.full((1, T), 64)])  # a row that only pads
+    assert np.isfinite(attend_cache(q, k, v, ended, 0.3, window=10)).all()

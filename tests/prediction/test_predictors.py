@@ -18,12 +18,8 @@ from moe_jax.prediction import predictors, saved
 from moe_jax.prediction.interface import Features, ModelParts, Spec, fingerprint, last_ids, multi_hot
 from tests.prediction.synthetic import SPEC, activations, parts
 
-ALL = [
-    *map(predictors.named, ("random", "frequency", "repeat", "router")),
-    predictors.DefaultVector(),
-    predictors.Learned(hidden=4),
-]
-ALL += [predictors.BestPerLayer()]
+ALL = [*map(predictors.named, ("random", "frequency", "repeat", "router", "default_vector", "best_per_layer"))]
+ALL += [predictors.Learned(4, 2)]
 named = pytest.mark.parametrize("predictor", ALL, ids=lambda p: p.name)
 
 

@@ -40,6 +40,7 @@ def command(place: Path, output: str, *more: str) -> list[str]:
         "window": 32,
         "max_tokens": 5000,
         "fit.hidden": 4,
+        "fit.expert_hidden": 2,
         "fit.steps": STEPS,
         "fit.batch_windows": 4,
         "fit.evaluate_every": 10,
@@ -78,8 +79,16 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     assert whole.returncode == 0, whole.stderr
     scores = json.loads((place / "scores.json").read_text())
     assert "recall@2 on the test texts" in whole.stdout and "next token" in whole.stdout
-    assert set(scores["scores"]) == {"best_per_layer", "learned", "default_vector", "router", "repeat", "frequency"}
+    predictors = {"learned", "best_per_layer", "router", "default_vector", "repeat", "frequency", "random"}
+    assert set(scores["scores"]) == predictors
+    curve = [json.loads(line) for line in (place / "whole" / "scalars" / "scalars.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in curve if "loss" in x] == list(range(1, STEPS + 1))
+    assert [x["step"] for x in curve if "validation_recall" in x] == list(range(0, STEPS + 1, 10))
     assert 3000 < scores["train_tokens"] <= 5000
+    again = run(place, "scored", f"--score={place}/whole/predictor", f"--output_json={place}/again.json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((place / "again.json").read_text())["scores"] == scores["scores"]
+    assert again.stdout in whole.stdout and not (place / "scored" / "fit").exists()
     target = random.choice([1, 2, 500, 2000])  # while logging, and while fitting
     killed = subprocess.Popen(command(place, "killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 300
@@ -100,6 +109,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
         (["--config.window=999"], "config.window=999 must be from 2 to 255"),
         (["--config.horizon=9"], "a horizon of 9 does not fit a model of 5 layers"),
         (["--config.fit.steps=-1"], "config.fit.steps must be at least 0"),
+        (["--score=nowhere"], "nowhere holds no trained predictor"),
         (["--config.max_tokens=0"], "config.max_tokens must be at least 1"),
     ],
 )

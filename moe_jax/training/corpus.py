@@ -256,7 +256,7 @@ def prepare(paths: Paths, out_dir: str | Path, seed: int, vocab_size: int) -> di
     print(f"{len(documents)} documents; training the tokenizer", flush=True)
     texts = (text for domain in DOMAINS for text in first_texts(streams["train", domain]))
     tokenizer = train_tokenizer(texts, vocab_size)
-    tokenizer.save(str(out / "tokenizer.json"))
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
 
     files, domains = ["tokenizer.json"], {domain: {} for domain in DOMAINS}
     for (split, domain), chosen in streams.items():

@@ -8,9 +8,9 @@ import numpy as np
 
 from moe_jax.model.experts import Key
 
-WRONG = 0.5
+WRONG = 1.0
 """What a wrong speculative load costs where the link would have been idle, in loads: it evicts something, and takes its
-share of memory bandwidth and of the CPU."""
+share of memory bandwidth and of the CPU. Measured from a disk where C is about T: 0.5 loads more and is slower."""
 RATE_TOKENS = 32
 """Uses of an expert are averaged over about so many tokens."""
 

@@ -106,10 +106,10 @@ def test_what_is_not_likely_enough_is_no_candidate():
 
 def test_the_less_busy_the_link_the_less_likely_a_load_may_be():
     o = outlook()
-    o.offer(0, predictions({1: 0.5}))
+    o.offer(0, predictions({1: 0.6}))
     assert o.best(0, 0.0) is None
     o.busy(0.2)
-    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.5)) and o.likely((1, 1))
+    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.6)) and o.likely((1, 1))
     o.busy(1.0)
     assert o.best(0, 0.0) is None and not o.likely((1, 1))
 

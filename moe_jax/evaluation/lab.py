@@ -27,6 +27,7 @@ from moe_jax.inference.engine import Engine, Record
 from moe_jax.inference.generate import Generation
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.session import Model
+from moe_jax.model.decoder import committed
 from moe_jax.model.experts import ExpertWeights, Key, widened
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.open import open_source
@@ -176,7 +177,7 @@ class Lab:
         spec = self.model.checkpoint.expert_spec
         if (upcast or self.config.offload.upcast) == "arrival":
             spec = jax.eval_shape(lambda expert: widened(expert, engine.stages.dtype), spec)
-        example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
+        example = committed(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec))
         engine.compile([len(prompt) for prompt in prompts], self.new_tokens, example)
         texts = [""] * len(prompts)
         return Generation(

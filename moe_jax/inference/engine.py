@@ -24,7 +24,7 @@ from moe_jax.inference.block import Block
 from moe_jax.inference.execution import Execution, Plan
 from moe_jax.inference.grouping import arities, assign, bucket, padded, power_of_two, sizes, unique_in_order
 from moe_jax.model.architecture import Architecture
-from moe_jax.model.decoder import CHUNKS, KVCache, Routed, Stages
+from moe_jax.model.decoder import CHUNKS, KVCache, Routed, Stages, committed
 from moe_jax.model.experts import ExpertSource, ExpertWeights
 from moe_jax.prediction.predictors import Features, Prediction
 
@@ -121,7 +121,8 @@ class Engine:
 
     def use_predictor(self, predictor: tuple[Any, Any, Any] | None) -> None:
         """Replaces the predictor, its spec and its parameters; `compile` again before the next request."""
-        self.predictor, self.spec, self.predictor_params = predictor or (None, None, None)
+        self.predictor, self.spec, params = predictor or (None, None, None)
+        self.predictor_params = committed(params)
         self.prediction_s = 0.0  # what the predictions of one token cost; measured by `compile`
         self._begin = None  # what the predictor says before layer 0, from the token alone
         if self.predictor is not None:
@@ -214,10 +215,10 @@ class Engine:
         # The last token's residual of every row, through the host: the head then is decoding's executable.
         last = np.maximum(lengths - 1, 0)
         ends = np.stack([np.asarray(x[p // Tc])[row, p % Tc] for row, p in enumerate(last.tolist())])
-        logits = stages.head(self.dense, ends[:, None], np.zeros(B, np.int32))
+        logits = stages.head(self.dense, committed(ends[:, None]), np.zeros(B, np.int32))
         seen = np.where(real[None, :, :, None], ids_by_layer, -1)
         if self.predictor is not None:
-            state.predictor = self.predictor.prime(self.spec, seen)
+            state.predictor = committed(self.predictor.prime(self.spec, seen))
         if self.execution is not None:
             state.memory = self.execution.start(seen)
         return logits, state
@@ -229,7 +230,7 @@ class Engine:
         stages = self.stages
         # A row that has ended writes past its cache, that is nowhere.
         positions = jax.device_put(np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None])
-        x = stages.embed(self.dense, tokens[:, None])
+        x = stages.embed(self.dense, np.asarray(tokens)[:, None])
         self.source.begin_token(state.step)
         plan, said = (
             None,
@@ -293,7 +294,8 @@ class Engine:
         if not planning and not self.source.wants_prediction(self.prediction_s):
             return False
         if state.unseen:
-            state.predictor = self.predictor.prime(self.spec, np.stack(state.unseen, axis=2), state.step)
+            unseen = np.stack(state.unseen, axis=2)
+            state.predictor = committed(self.predictor.prime(self.spec, unseen, state.step))
             state.unseen.clear()
         return True
 
@@ -391,8 +393,9 @@ class Engine:
                 timeit.repeat(lambda: jax.block_until_ready(predict()), number=1)
             )
             if self._begin is not None:
-                state = self.predictor.prime(self.spec, np.zeros((a.num_moe_layers, B, 1, a.top_k), np.int32))
-                embedding = jnp.zeros((B, a.d_model), stages.dtype)
+                ids = np.zeros((a.num_moe_layers, B, 1, a.top_k), np.int32)
+                state = committed(self.predictor.prime(self.spec, ids))
+                embedding = stages.embed(self.dense, np.zeros((B, 1), np.int32))[:, 0]
                 jax.block_until_ready(self._begin(self.predictor_params, state, embedding, np.ones(B, bool)))
         return time.perf_counter() - began
 
@@ -403,8 +406,8 @@ class Engine:
         zeros = lambda *shape: jnp.zeros((batch, *shape), jnp.float32)
         ids = jnp.zeros((batch, a.top_k), jnp.int32)
         residual = zeros(a.d_model).astype(self.stages.dtype)
-        features = Features(np.int32(0), residual, zeros(a.num_experts), ids, zeros(a.top_k))
-        state = self.predictor.prime(self.spec, np.zeros((a.num_moe_layers, batch, 1, a.top_k), np.int32))
+        features = Features(np.int32(0), *committed((residual, zeros(a.num_experts), ids, zeros(a.top_k))))
+        state = committed(self.predictor.prime(self.spec, np.zeros((a.num_moe_layers, batch, 1, a.top_k), np.int32)))
         return lambda: self._predict(self.predictor_params, state, features, np.ones(batch, bool))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
+from moe_jax.model.decoder import committed
 from moe_jax.model.experts import ExpertWeights, widened
 
 
@@ -19,7 +20,7 @@ class ResidentExperts:
     def __init__(self, checkpoint: HFCheckpoint | Converted, widen: Any = None):
         """`widen`: a dtype that experts take when they are loaded; None: they keep the checkpoint's."""
         a = checkpoint.architecture
-        load = lambda *key: jax.device_put(
+        load = lambda *key: committed(
             checkpoint.expert(*key) if widen is None else widened(checkpoint.expert(*key), widen)
         )
         self._experts = [[load(layer, e) for e in range(a.num_experts)] for layer in range(a.num_moe_layers)]

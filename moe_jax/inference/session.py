@@ -24,7 +24,7 @@ from moe_jax.inference.memory import auto_budget, reserve
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.text import Tokenizer
-from moe_jax.model.decoder import Stages, device_weights
+from moe_jax.model.decoder import Stages, committed, device_weights
 from moe_jax.model.experts import ExpertSource, widened
 from moe_jax.prediction import predictors
 from moe_jax.prediction.interface import Spec
@@ -188,7 +188,7 @@ class Model:
         size, spec = self.config.batch_size, self.checkpoint.expert_spec
         if self.config.offload.upcast == "arrival":
             spec = jax.eval_shape(lambda expert: widened(expert, self.engine.stages.dtype), spec)
-        example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
+        example = committed(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec))
         for start in range(0, len(ids), size):
             lengths = [len(prompt) for prompt in ids[start : start + size]]
             self.compile_s += self.engine.compile(lengths, max_new_tokens, example)

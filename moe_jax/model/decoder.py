@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import run_experts
@@ -125,12 +126,17 @@ class Stages:
         """Zeroed cache of `capacity` positions per row."""
         a = self.architecture
         shapes = MODULES[type(a.attention)].cache_shapes(a.attention, batch, capacity)
-        return [tuple(jnp.zeros(shape, self.dtype) for shape in shapes) for _ in a.layers]
+        return [tuple(committed(jnp.zeros(shape, self.dtype)) for shape in shapes) for _ in a.layers]
 
     def rope(self, capacity: int) -> jax.Array:
         """Rotary table for `capacity` positions, on the device."""
         a = self.architecture
-        return jax.device_put(rope_table(capacity, a.attention.rope_dim, a.rope))
+        return committed(rope_table(capacity, a.attention.rope_dim, a.rope))
+
+
+def committed(tree: Any) -> Any:
+    """Arrays on the first device, tied to it: one executable serves all calls only if all agree on that."""
+    return jax.device_put(tree, SingleDeviceSharding(jax.devices()[0], memory_kind="device"))
 
 
 def device_weights(dense: Any, dtype: Any) -> dict[str, Any]:
@@ -138,6 +144,6 @@ def device_weights(dense: Any, dtype: Any) -> dict[str, Any]:
 
     def put(path, x):
         keep = path[-1] == jax.tree_util.DictKey("correction_bias")  # float32 whatever the compute dtype: see `Router`
-        return jax.device_put(np.asarray(x).astype(np.float32 if keep else dtype))
+        return committed(np.asarray(x).astype(np.float32 if keep else dtype))
 
     return jax.tree_util.tree_map_with_path(put, dense)

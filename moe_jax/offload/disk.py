@@ -18,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.checkpoint.bank_file import BLOCK_ALIGN
 from moe_jax.checkpoint.converted import Converted
+from moe_jax.model.decoder import committed
 from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.bank import Transfer
 from moe_jax.offload.buffers import Buffers
@@ -91,7 +92,7 @@ class DiskBank:
         weights = self._checkpoint.expert_views(*key, memory)
         for memory_kind in self._route:
             weights = jax.block_until_ready(jax.device_put(weights, memory_kind))
-        return weights if self._route else jax.device_put(weights)
+        return weights if self._route else committed(weights)
 
     def close(self) -> None:
         """Closes the files."""

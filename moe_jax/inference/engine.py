@@ -201,7 +201,8 @@ class Engine:
             if self.record:
                 self.record.prefill_needed.append(needed)
             # Every prompt of some length needs nearly all experts: the next layer's follow behind this one's.
-            self.source.offer(layer, np.full((1, a.num_experts), min(1.0, len(needed) / a.num_experts), np.float32))
+            if layer + 1 < a.num_moe_layers:
+                self.source.offer(layer, np.full((1, a.num_experts), min(1.0, len(needed) / a.num_experts), np.float32))
             for expert in order:
                 [weights] = self.source.take(layer, [expert])
                 after = [done for block in blocks if (done := block.run(expert, weights)) is not None]

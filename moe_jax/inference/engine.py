@@ -355,7 +355,7 @@ class Engine:
 
         Args:
           prompt_lengths, new_tokens: the request.
-          example: an expert of the right shapes and dtype.
+          example: an expert of the right shapes and dtype, tied to the device as loaded ones are (`committed`).
         """
         began = time.perf_counter()
         B, Tc, S = self.shapes(prompt_lengths, new_tokens)

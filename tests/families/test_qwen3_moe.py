@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.resident import ResidentExperts
-from moe_jax.model.decoder import Stages, device_weights
+from moe_jax.model.decoder import Stages, committed, device_weights
 from tests.families import parity
 from tests.families.parity import Case, no_windows, without
 
@@ -122,7 +122,8 @@ def test_compile_covers_every_kind_of_layer(caplog):
         return {name for name in ("embed", "dense_layer", "route", "run_experts", "combine", "head") if name in text}
 
     with jax.log_compiles():
-        engine.compile([5], 3, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), s.checkpoint.expert_spec))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), s.checkpoint.expert_spec)
+        engine.compile([5], 3, committed(zeros))
         assert len(compiled()) == 6
         logits, state = engine.prefill([s.prompts[0][:5]], 3)
         for _ in range(3):

@@ -15,9 +15,8 @@ import orbax.checkpoint as ocp
 
 from moe_jax.errors import UserError
 from moe_jax.prediction.interface import Spec
-from moe_jax.prediction.learned import NEAR
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str, notes: dict[str, Any]) -> None:
@@ -72,16 +71,6 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights of predictor {directory} cannot be read ({reason}); train it again") from None
     weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), weights)
-    best = weights["best"][:, : spec.horizon]
-    return weights | {"network": _cut(weights["network"], spec), "best": best}
-
-
-def _cut(network: dict[str, Any], spec: Spec) -> dict[str, Any]:
-    """The network for a shorter horizon."""
-    H, E = spec.horizon, spec.num_experts
-    for name in ("far_out", "gates", "hidden_out", "expert_out", "bias"):
-        network[name] = network[name][..., : H * E]
-    network["near"] = network["near"][..., : min(NEAR, H) * E]
-    for name in ("previous", "echo_out", "scale", "shift"):
-        network[name] = network[name][:, :H]
-    return network
+    # All that depends on the horizon: estimates are of all layers.
+    cut = {name: weights["network"][name][:, : spec.horizon] for name in ("scale", "shift")}
+    return weights | {"network": weights["network"] | cut, "best": weights["best"][:, : spec.horizon]}

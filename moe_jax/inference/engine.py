@@ -123,17 +123,21 @@ class Engine:
     def use_predictor(self, predictor: tuple[Any, Any, Any] | None) -> None:
         """Replaces the predictor, its spec and its parameters; `compile` again before the next request."""
         self.predictor, self.spec, params = predictor or (None, None, None)
-        self.predictor_params = committed(params)
-        if self.predictor is not None and self.spec is not None:
-            # Cut out once, so that no call has to look for its own among those of all layers.
-            layers = range(self.spec.num_layers)
-            self._own = [(at(self.predictor, self.predictor_params, i), committed(np.int32(i))) for i in layers]
+        self.use_parameters(params)
         self.prediction_s = 0.0  # what the predictions of one token cost; measured by `compile`
         self._begin = None  # what the predictor says before layer 0, from the token alone
         if self.predictor is not None:
             self._predict = jax.jit(self._predict_fn)
             if self.predictor.begin is not None:
                 self._begin = jax.jit(self._begin_fn)
+
+    def use_parameters(self, params: Any) -> None:
+        """Replaces the predictor's parameters by others of the same shapes."""
+        self.predictor_params = committed(params)
+        if self.predictor is not None and self.spec is not None:
+            # Cut out once, so that no call has to look for its own among those of all layers.
+            layers = range(self.spec.num_layers)
+            self._own = [(at(self.predictor, self.predictor_params, i), committed(np.int32(i))) for i in layers]
 
     # ---- prefill -----------------------------------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ def _hidden(
 
 def _logits(stages: Stages, dense: Any, x: jax.Array) -> jax.Array:
     """x [T, D] to float32 logits [T, V]."""
-    return stages.head(dense, x[:, None], np.zeros(len(x), np.int32))
+    return stages.head(dense, x[:, None])
 
 
 @jax.jit

@@ -62,7 +62,7 @@ class Replay:
                 weights = tuple([self._weights_of(layer, expert) for expert in experts])
                 outputs, _ = stages.experts(outputs, routed.h, rows, slots, weights)
             x = stages.combine(routed.residual, outputs, routed.gates, x)
-        stages.head(engine.dense, x, np.zeros(batch, np.int32)).block_until_ready()
+        stages.head(engine.dense, x).block_until_ready()
         return time.perf_counter() - started
 
 

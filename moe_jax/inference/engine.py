@@ -216,7 +216,7 @@ class Engine:
         # The last token's residual of every row, through the host: the head then is decoding's executable.
         last = np.maximum(lengths - 1, 0)
         ends = np.stack([np.asarray(x[p // Tc])[row, p % Tc] for row, p in enumerate(last.tolist())])
-        logits = stages.head(self.dense, committed(ends[:, None]), np.zeros(B, np.int32))
+        logits = stages.head(self.dense, committed(ends[:, None]))
         seen = np.where(real[None, :, :, None], ids_by_layer, -1)
         if self.predictor is not None:
             state.predictor = committed(self.predictor.prime(self.spec, seen))
@@ -262,7 +262,7 @@ class Engine:
                 said = layer, probabilities
             elif self.record:
                 self.record.predicted.append(None)
-        logits = stages.head(self.dense, x, np.zeros(x.shape[0], np.int32))
+        logits = stages.head(self.dense, x)
         self._offer(said)
         if self.record:  # only now: an interrupted step is not one
             self.record.active.append(state.active)
@@ -384,7 +384,7 @@ class Engine:
             if not decoding and chunks > 1:
                 outputs = stages.split(outputs)[0]
             x = stages.combine(routed.residual, outputs, routed.gates, x)
-        stages.head(self.dense, x, np.zeros(B, np.int32)).block_until_ready()
+        stages.head(self.dense, x).block_until_ready()
         if self.execution is not None:
             jax.block_until_ready(self.execution.warm_up(routed))
         if self.predictor is not None:

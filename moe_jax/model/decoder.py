@@ -43,12 +43,10 @@ class Stages:
     """The jitted stages of one architecture in one compute dtype.
 
     Attributes:
-      embed: (dense, tokens int32 [B, T]) -> x [B, T, D].
       experts: `moe_jax.model.experts.run_experts` with the model's activation. Donates the output slots.
       join: (h of CHUNKS chunks, [R, D] each) -> h [CHUNKS * R, D] and zeroed output slots for it.
       split: the output slots of joined chunks -> those of each chunk, [R * K, D].
       combine: (Routed.residual, outputs, gates, x for its shape) -> x [B, T, D]: gates times outputs in router order.
-      head: (dense, x [B, T, D], index int32 [B]) -> float32 logits [B, V] at each row's index.
     """
 
     def __init__(self, a: Architecture, dtype: Any):
@@ -56,8 +54,8 @@ class Stages:
         decoder = nnx.eval_shape(lambda: Decoder(a, dtype, rngs=nnx.Rngs(0)))
         norm_graph = nnx.graphdef(decoder.norm)
 
-        def embed(dense, tokens):
-            return dense["embedding"][tokens]
+        def embed(embedding, tokens):
+            return embedding[tokens]
 
         def attention(layer, rope, x, positions, kv):
             attended, kv = layer.attention.cached(layer.attention_norm(x), positions, rope, kv)
@@ -90,10 +88,8 @@ class Stages:
             mixed = jnp.einsum("rkd,rk->rd", outputs.reshape(*gates.shape, -1), gates.astype(outputs.dtype))
             return (residual + mixed).reshape(x.shape)
 
-        def head(dense, x, index):
-            last = jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
-            norm = nnx.merge(norm_graph, dense["norm"])
-            return linear(norm(last), dense.get("head", dense["embedding"])).astype(jnp.float32)
+        def head(norm, weight, x):
+            return linear(nnx.merge(norm_graph, norm)(x[:, 0]), weight).astype(jnp.float32)
 
         kinds: dict[Any, Any] = {}
         for layer, kind in zip(decoder.layers, a.layers, strict=True):
@@ -101,11 +97,19 @@ class Stages:
                 stage = functools.partial(route if kind.dense_ff is None else dense_layer, nnx.graphdef(layer))
                 kinds[kind] = jax.jit(stage, donate_argnums=4)
         self._layers = [kinds[kind] for kind in a.layers]
-        self.embed = jax.jit(embed)
         self.experts = jax.jit(functools.partial(run_experts, a.experts.activation), donate_argnums=0)
         self.join, self.split = jax.jit(join), jax.jit(split)
         self.combine = jax.jit(combine)
-        self.head = jax.jit(head)
+        self._embed, self._head = jax.jit(embed), jax.jit(head)
+
+    def embed(self, dense: Any, tokens: Any) -> jax.Array:
+        """x [B, T, D] of tokens int32 [B, T]."""
+        # Only what is read is handed over: a call takes longer for every array among its arguments.
+        return self._embed(dense["embedding"], tokens)
+
+    def head(self, dense: Any, x: Any) -> jax.Array:
+        """Float32 logits [B, V] of x [B, 1, D]."""
+        return self._head(dense["norm"], dense.get("head", dense["embedding"]), x)
 
     def route(self, layer: int, dense: Any, rope: Any, x: Any, positions: Any, kv: KVCache) -> Routed:
         """Everything of a layer with experts up to its experts. Replaces the layer's cache in `kv` (donated).

@@ -11,8 +11,11 @@ from moe_jax.model.experts import Key
 WRONG = 1.0
 """What a wrong speculative load costs where the link would have been idle, in loads: it evicts something, and takes its
 share of memory bandwidth and of the CPU. Measured from a disk where C is about T: 0.5 loads more and is slower."""
-RATE_TOKENS = 32
+RATE_TOKENS = 256
 """Uses of an expert are averaged over about so many tokens."""
+PRIOR_TOKENS = 32
+"""What an expert's rate of use is taken to be before any token counts as much as so many tokens: the
+first uses alone would tell too much."""
 
 
 class Outlook:
@@ -25,6 +28,7 @@ class Outlook:
         self.prior = top_k / num_experts
         self._value = np.full((num_layers, num_experts), self.prior, np.float32)
         self._rate = np.full((num_layers, num_experts), self.prior, np.float32)  # uses per token
+        self._passes = np.full(num_layers, PRIOR_TOKENS)
         self._held = np.zeros((num_layers, num_experts), bool)
         # Row l: the layers in the order in which they come after l, and how many layers ahead each is.
         steps = np.arange(1, num_layers + 1)
@@ -51,8 +55,9 @@ class Outlook:
     def passed(self, layer: int, experts: Sequence[int] = ()) -> None:
         """`layer` has stated its needs: what was predicted for it is dropped."""
         self._value[layer] = self.prior
-        self._rate[layer] *= 1 - 1 / RATE_TOKENS
-        self._rate[layer, list(experts)] += 1 / RATE_TOKENS
+        self._passes[layer] = min(self._passes[layer] + 1, RATE_TOKENS)
+        self._rate[layer] *= 1 - 1 / self._passes[layer]
+        self._rate[layer, list(experts)] += 1 / self._passes[layer]
 
     def clear(self) -> None:
         """Drops every prediction."""

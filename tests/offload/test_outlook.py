@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.offload.keys import KeySet
-from moe_jax.offload.outlook import WRONG, Outlook
+from moe_jax.offload.outlook import PRIOR_TOKENS, RATE_TOKENS, WRONG, Outlook
 from tests.offload.rig import E, K, L, predictions
 
 
@@ -128,8 +128,19 @@ def test_experts_in_use_are_expected_sooner():
     o = outlook()
     for _ in range(50):
         o.passed(0, [1, 2])
-    often, seldom, never_asked = o.expected(1, table((0, 1), (0, 3), (2, 3)))
-    assert often < 6 < 20 < seldom and never_asked < seldom
+    prior, rates = K / E, [(PRIOR_TOKENS * K / E + uses) / (PRIOR_TOKENS + 50) for uses in (50, 0)]
+    rates.append(prior)  # layer 2 has not run
+    waits = [ahead + (1 - prior) * L / rate for ahead, rate in zip((2, 2, 1), rates, strict=True)]
+    np.testing.assert_allclose(o.expected(1, table((0, 1), (0, 3), (2, 3))), waits, rtol=1e-5)
+
+
+def test_what_was_used_long_ago_is_forgotten():
+    o = outlook()
+    for experts in ([1], [2]):
+        for _ in range(4 * RATE_TOKENS):
+            o.passed(0, experts)
+    once, now = o.expected(1, table((0, 1), (0, 2)))
+    assert now < 2 + L < 20 * L < once
 
 
 def test_offered_arrays_are_not_aliased():

@@ -29,6 +29,9 @@ def place(tmp_path_factory) -> Path:
     (place / "test.txt").write_text(
         "A text of its own, of which there is no line in the other one, not even in part.\n" * 8
     )
+    (place / "validation.txt").write_text(
+        "What is chosen on is another text than what is tested on, word by word.\n" * 9
+    )
     return place
 
 
@@ -49,7 +52,7 @@ def command(place: Path, output: str, *more: str) -> list[str]:
     }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     script = [sys.executable, str(ROOT / "train_predictor.py"), f"--config={ROOT}/configs/predictor.py"]
-    texts = [f"--text={place}/text", f"--validation_text={place}/test.txt", f"--test_text={place}/test.txt"]
+    texts = [f"--text={place}/text", f"--validation_text={place}/validation.txt", f"--test_text={place}/test.txt"]
     return [*script, *flags, *texts, *more]
 
 

@@ -189,7 +189,12 @@ def _document(path: str) -> dict[str, Any]:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
+    from moe_jax import cli
+
     # The class that is registered must be the one that others import.
     from moe_jax.evaluation import harness  # noqa: F401
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        cli.fail(str(error))

@@ -72,7 +72,7 @@ class DefaultVector:
     def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return ()
 
-    def hidden(self, params: Any, features: Features) -> jax.Array:
+    def hidden(self, params: Any, features: Features) -> Array:
         """The quasi-hidden state before the target's norm, float32 [B, D]."""
         vectors = params["vectors"][features.layer, features.ids]  # [B, K, D]
         return features.residual.astype(jnp.float32) + jnp.einsum("bk,bkd->bd", features.gates, vectors)

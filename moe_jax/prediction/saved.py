@@ -41,7 +41,7 @@ def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str,
 
 
 def load(directory: str | Path, spec: Spec, model: str) -> Any:
-    """The weights of `save` in float32, cut to `spec.horizon`, and `sharpness` of `calibration.stored`.
+    """The weights of `save` in float32, cut to `spec.horizon`, and, if there is any, `sharpness` of `calibration.stored`.
 
     Raises:
       UserError: there is no predictor, it was trained for another model, or its horizon is shorter than asked for.
@@ -74,8 +74,9 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
         raise UserError(f"the weights of predictor {directory} cannot be read ({reason}); train it again") from None
     weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), weights)
     best = weights["best"][:, : spec.horizon]
+    weights |= {"network": _cut(weights["network"], spec), "best": best}
     sharpness = calibration.stored(directory, spec, model)
-    return weights | {"network": _cut(weights["network"], spec), "best": best, "sharpness": sharpness}
+    return weights | {"sharpness": sharpness} if sharpness else weights
 
 
 def _cut(network: dict[str, Any], spec: Spec) -> dict[str, Any]:

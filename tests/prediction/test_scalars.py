@@ -23,9 +23,13 @@ def test_json_lines_go_on_where_a_run_stopped(tmp_path):
 
 
 def test_a_line_is_there_when_its_step_is_done(tmp_path):
-    for writer in scalars.writers(tmp_path):  # neither closed nor flushed: a killed run is neither
+    writers = scalars.writers(tmp_path)
+    for writer in writers:
         writer.write(7, {"loss": 0.5})
-    assert json.loads((tmp_path / "scalars.jsonl").read_text()) == {"step": 7, "loss": 0.5}
+    found = (tmp_path / "scalars.jsonl").read_text()  # a killed run closes nothing
+    for writer in writers:
+        writer.close()
+    assert json.loads(found) == {"step": 7, "loss": 0.5}
 
 
 def test_tensorboard_reads_the_events(tmp_path):

@@ -41,7 +41,7 @@ def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str,
 
 
 def load(directory: str | Path, spec: Spec, model: str) -> Any:
-    """The weights of `save` in float32, cut to `spec.horizon`, and, if there is any, `sharpness` of `calibration.stored`.
+    """The weights of `save` in float32, cut to `spec.horizon`; and `sharpness` of `calibration.stored`, if any.
 
     Raises:
       UserError: there is no predictor, it was trained for another model, or its horizon is shorter than asked for.

@@ -196,7 +196,7 @@ class Lab:
                 base.max_seq_len,
             )
         elif mode.predictor == Oracle.name:
-            self._engines[mode].predictor_params = self._predictor(mode, request)[2]
+            self._engines[mode].use_parameters(self._predictor(mode, request)[2])
         return self._engines[mode]
 
     def _predictor(self, mode: Mode, request: Request) -> Any:

@@ -26,6 +26,7 @@ from moe_jax.inference.grouping import arities, assign, bucket, padded, power_of
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import CHUNKS, KVCache, Routed, Stages, committed
 from moe_jax.model.experts import ExpertSource, ExpertWeights
+from moe_jax.prediction.interface import at
 from moe_jax.prediction.predictors import Features, Prediction
 
 SMALL_CHUNK = 32
@@ -122,13 +123,21 @@ class Engine:
     def use_predictor(self, predictor: tuple[Any, Any, Any] | None) -> None:
         """Replaces the predictor, its spec and its parameters; `compile` again before the next request."""
         self.predictor, self.spec, params = predictor or (None, None, None)
-        self.predictor_params = committed(params)
+        self.use_parameters(params)
         self.prediction_s = 0.0  # what the predictions of one token cost; measured by `compile`
         self._begin = None  # what the predictor says before layer 0, from the token alone
         if self.predictor is not None:
             self._predict = jax.jit(self._predict_fn)
             if self.predictor.begin is not None:
                 self._begin = jax.jit(self._begin_fn)
+
+    def use_parameters(self, params: Any) -> None:
+        """Replaces the predictor's parameters by others of the same shapes."""
+        self.predictor_params = committed(params)
+        if self.predictor is not None and self.spec is not None:
+            # Cut out once, so that no call has to look for its own among those of all layers.
+            layers = range(self.spec.num_layers)
+            self._own = [(at(self.predictor, self.predictor_params, i), committed(np.int32(i))) for i in layers]
 
     # ---- prefill -----------------------------------------------------------------------------------------------
 
@@ -327,8 +336,9 @@ class Engine:
         """P(needed) [H, E] for the layers after this one, and the next one's plan where the execution makes one."""
         if self.predictor is None:
             return None
-        features = Features(np.int32(layer), routed.residual, routed.logits, routed.ids, routed.gates)
-        predicted, state.predictor = self._predict(self.predictor_params, state.predictor, features, state.active)
+        params, number = self._own[layer]
+        features = Features(number, routed.residual, routed.logits, routed.ids, routed.gates)
+        predicted, state.predictor = self._predict(params, state.predictor, features, state.active)
         return predicted
 
     def _predict_fn(self, params, state, features, active):
@@ -407,9 +417,10 @@ class Engine:
         zeros = lambda *shape: jnp.zeros((batch, *shape), jnp.float32)
         ids = jnp.zeros((batch, a.top_k), jnp.int32)
         residual = zeros(a.d_model).astype(self.stages.dtype)
-        features = Features(np.int32(0), *committed((residual, zeros(a.num_experts), ids, zeros(a.top_k))))
+        params, layer = self._own[0]
+        features = Features(layer, *committed((residual, zeros(a.num_experts), ids, zeros(a.top_k))))
         state = committed(self.predictor.prime(self.spec, np.zeros((a.num_moe_layers, batch, 1, a.top_k), np.int32)))
-        return lambda: self._predict(self.predictor_params, state, features, np.ones(batch, bool))
+        return lambda: self._predict(params, state, features, np.ones(batch, bool))
 
 
 def _any_row(probability: jax.Array, active: jax.Array) -> jax.Array:

@@ -18,7 +18,6 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.checkpoint.bank_file import BLOCK_ALIGN
 from moe_jax.checkpoint.converted import Converted
-from moe_jax.model.decoder import committed
 from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.bank import Transfer
 from moe_jax.offload.buffers import Buffers
@@ -52,10 +51,7 @@ class DiskBank:
         self.buffers = Buffers(self.expert_bytes)
         device = jax.devices()[0]
         self.aliases = device.platform == "cpu"
-        # On the CPU the buffer itself becomes the array. Elsewhere it goes through pinned memory to the device.
-        self._route = [] if self.aliases else [
-            SingleDeviceSharding(device, memory_kind=kind) for kind in ("pinned_host", "device")
-        ]  # fmt: skip
+        self._pinned, self._device = (SingleDeviceSharding(device, memory_kind=k) for k in ("pinned_host", "device"))
 
     def start(self, key: Key) -> Transfer:
         """A read of one expert into memory of its own."""
@@ -90,9 +86,12 @@ class DiskBank:
         # The bytes may be good, but a file that changes under a run is no bank any more.
         self._files[self._blocks[key].file].check()
         weights = self._checkpoint.expert_views(*key, memory)
-        for memory_kind in self._route:
-            weights = jax.block_until_ready(jax.device_put(weights, memory_kind))
-        return weights if self._route else committed(weights)
+        if not self.aliases:  # through pinned memory to the device
+            pinned = jax.block_until_ready(jax.device_put(weights, self._pinned))
+            return jax.block_until_ready(jax.device_put(pinned, self._device))
+        # On the CPU the buffer itself becomes the array. So it would with device_put, by a longer way through Python,
+        # which costs every load: it has left the CPU's caches since the last one.
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self._device, lambda _: x), weights)
 
     def close(self) -> None:
         """Closes the files."""

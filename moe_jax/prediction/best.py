@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.prediction.interface import Features, ModelParts, Prediction, Predictor, Spec
+from moe_jax.prediction.interface import Features, ModelParts, Prediction, Predictor, Spec, at
 from moe_jax.prediction.learned import Learned
 from moe_jax.prediction.lookahead import DefaultVector, Router
 from moe_jax.prediction.memory import Repeat
@@ -47,6 +47,10 @@ class BestPerLayer:
     def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return {name: candidate.prime(spec, ids, step) for name, candidate in CANDIDATES.items()}
 
+    def at(self, params: Any, layer: int) -> Any:
+        own = {name: at(CANDIDATES[name], params[name], layer) for name in CANDIDATES if name in params}
+        return own | {"best": params["best"][layer + 1]}
+
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
         asked = {name: CANDIDATES[name].apply for name in CANDIDATES if name in params}
         return self._ask(asked, params, state, features.layer + 1, features)
@@ -56,7 +60,8 @@ class BestPerLayer:
         return self._ask(asked, params, state, 0, embedding)
 
     def _ask(self, asked: Mapping[str, Any], params: Any, state: Any, place: Any, seen: Any) -> tuple[Prediction, Any]:
-        best, state = params["best"][place][None, :, None], dict(state)  # [1, H, 1]
+        best = params["best"] if params["best"].ndim == 1 else params["best"][place]
+        best, state = best[None, :, None], dict(state)  # [1, H, 1]
         answers: list[tuple[int, Prediction]] = []
         for number, name in enumerate(CANDIDATES):
             if name in asked:

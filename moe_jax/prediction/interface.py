@@ -142,7 +142,8 @@ class Predictor(Protocol):
     """Scores the experts of the layers ahead. Stateless: what it learned is in `params`, what it remembers in `state`.
 
     Both are pytrees of arrays. `apply` is jitted by its callers and called once per layer, in order; the layer is data,
-    so that all layers share one executable.
+    so that all layers share one executable. A predictor with tables of its own for every layer may have a method
+    `at(params, layer)`, which cuts out those that `apply` reads there; `apply` takes either.
     """
 
     name: str
@@ -175,6 +176,12 @@ class Predictor(Protocol):
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
         """The prediction for the layers after this one, and the new memory."""
         ...
+
+
+def at(predictor: Predictor, params: Any, layer: int) -> Any:
+    """The parameters that `apply` reads at a layer, where the predictor can tell them apart; else all of them."""
+    own = getattr(predictor, "at", None)
+    return params if own is None else own(params, layer)
 
 
 def targets(offsets: jax.Array, layer: Any, num_layers: int) -> jax.Array:

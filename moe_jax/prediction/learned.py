@@ -144,8 +144,14 @@ class Learned:
         echo = jnp.zeros((ids.shape[1], spec.num_layers, rank(spec)))
         return {"last": jnp.asarray(last_ids(ids)), "echo": echo}
 
+    def at(self, params: Any, layer: Any) -> Any:
+        """The parameters of one layer's place, layer int or int32 [] from -1; `apply` takes them too."""
+        return params | {"network": jax.tree.map(lambda table: table[layer + 1], params["network"])}
+
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
-        network = self._network(params, features.layer + 1)
+        if params["network"]["bias"].ndim > 1:  # of all places
+            params = self.at(params, features.layer)
+        network = nnx.merge(self._graph, params["network"])
         x = normalise(features.residual, params["eps"])
         state = {
             "last": state["last"].at[:, features.layer].set(features.ids),
@@ -155,11 +161,8 @@ class Learned:
         return self._predict(network, state, features.layer, x, of_experts), state
 
     def begin(self, params: Any, state: Any, embedding: jax.Array) -> tuple[Prediction, Any]:
-        network, x = self._network(params, 0), normalise(embedding, params["eps"])
+        network, x = nnx.merge(self._graph, self.at(params, -1)["network"]), normalise(embedding, params["eps"])
         return self._predict(network, state, -1, x, jnp.zeros((len(x), network.bias.shape[0]))), state
-
-    def _network(self, params: Any, place: Any) -> Network:
-        return nnx.merge(self._graph, jax.tree.map(lambda table: table[place], params["network"]))
 
     def _predict(self, network: Network, state: Any, layer: Any, x: jax.Array, of_experts: jax.Array) -> Prediction:
         H, (_, L, K) = network.scale.shape[0], state["last"].shape

@@ -10,7 +10,8 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.prediction import predictors, saved
-from moe_jax.prediction.interface import Features
+from moe_jax.prediction.best import BestPerLayer
+from moe_jax.prediction.interface import Features, at
 from moe_jax.prediction.learned import Learned, boundary, window_inputs, window_targets
 from tests.prediction.synthetic import MODEL, SPEC, activations, logged, parts
 from tests.prediction.test_predictors import run
@@ -58,6 +59,19 @@ def test_whole_windows_equal_token_by_token():
     scores = score(params["network"], logged(arrays))
     whole = np.array(jax.nn.sigmoid(scores)).reshape(SPEC.num_layers + 1, 2, 6, SPEC.horizon, -1)
     np.testing.assert_allclose(whole.transpose(1, 2, 0, 3, 4), stepwise, atol=1e-5)
+
+
+@pytest.mark.parametrize("predictor", [Learned(5, 3), BestPerLayer()], ids=lambda p: p.name)
+def test_the_tables_of_one_layer_say_what_those_of_all_say(predictor):
+    a, trained = logged(activations(SPEC, parts(), 2, 1)), weights(noisy(Learned(5, 3)))
+    trained["best"] = np.random.default_rng(0).integers(0, 4, (SPEC.num_layers + 1, SPEC.horizon))
+    params = predictors.params_of(predictor.name, SPEC, parts(), trained)
+    state = predictor.prime(SPEC, np.random.default_rng(1).integers(0, 6, (SPEC.num_layers, 2, 3, SPEC.top_k)))
+    apply = jax.jit(predictor.apply)
+    for layer in range(SPEC.num_layers):
+        features = Features(np.int32(layer), *[x[:, layer, 0] for x in a[1:5]])
+        whole, own = (apply(p, state, features) for p in (params, at(predictor, params, layer)))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), whole, own)
 
 
 def test_window_targets_against_a_loop():

@@ -67,10 +67,10 @@ def main() -> None:
     )
     with cli.status("loading the model"):
         model = Model(config)
-    texts = read_texts(model)
-    windows = {name: cut(ids) for name, ids in texts.items()}
     if WINDOW.value > model.engine.max_seq_len:
         raise UserError(f"--window={WINDOW.value} is more than the {model.engine.max_seq_len} positions of the model")
+    texts = read_texts(model)
+    windows = {name: cut(ids) for name, ids in texts.items()}
     rows = ROWS.value
     steps = sum(-(-len(w) // rows) * rows * WINDOW.value for w in windows.values())
     if MEASURE_RECALL.value:

@@ -47,6 +47,8 @@ def main() -> None:
         raise UserError(f"--modes: {', '.join(sorted(unknown))} is not among {', '.join(MODES)}")
     if ROWS.value < 1 or ROWS.value & (ROWS.value - 1):
         raise UserError(f"--rows={ROWS.value} must be a power of two")
+    if not PREDICTORS.value or "oracle" in PREDICTORS.value:
+        raise UserError("--predictors names at least one, and not the oracle: it replays one recorded request")
     if WINDOW.value < 3 or TOKENS.value < WINDOW.value or PROMPTS.value < 1 or NEW_TOKENS.value < 2:
         raise UserError("--window must be at least 3, --tokens a window, --prompts 1, --new_tokens 2")
     if PLOT.value:
@@ -65,6 +67,8 @@ def main() -> None:
     )
     with cli.status("loading the model"):
         model = Model(config)
+    if WINDOW.value > model.engine.max_seq_len:
+        raise UserError(f"--window={WINDOW.value} is more than the {model.engine.max_seq_len} positions of the model")
     texts = read_texts(model)
     windows = {name: cut(ids) for name, ids in texts.items()}
     rows = ROWS.value
@@ -85,7 +89,7 @@ def main() -> None:
     prompts = [
         model.tokenizer.decode(ids[start : start + PROMPT_TOKENS].tolist())
         for ids in texts.values()
-        for start in range(0, len(ids) - PROMPT_TOKENS, max(1, len(ids) // PROMPTS.value))
+        for start in range(0, max(1, len(ids) - PROMPT_TOKENS), max(1, len(ids) // PROMPTS.value))
     ]
     with cli.progress(f"continuing {len(prompts)} prompts", (len(prompts) + 1) * len(chosen)) as advance:
         speeds = quality.generate(model, chosen, prompts, NEW_TOKENS.value, advance)
@@ -127,6 +131,8 @@ def read_texts(model) -> dict:
         ids = np.array(model.tokenizer.encode(text), np.int32)[: TOKENS.value]
         if len(ids) < WINDOW.value:
             raise UserError(f"--text={name} has {len(ids)} tokens; give at least --window={WINDOW.value}")
+        if Path(name).stem in found:
+            raise UserError(f"--text={name}: another text has this name already; rename one of them")
         found[Path(name).stem] = ids
     return found
 
@@ -144,14 +150,16 @@ def measure_recall(model, windows: dict, steps: int) -> None:
     from moe_jax.inference import execution
 
     directory = model.predictor_directory()
-    if not directory:
+    if not directory or not Path(directory).is_dir():
         raise UserError("recall is stored with a trained predictor; name its folder with --config.prefetch.checkpoint")
     part, recall = np.concatenate(list(windows.values())), {}
-    for name in PREDICTORS.value:
-        if name != "none":
-            with cli.progress(f"recall of {name}", steps) as advance:
-                recall[name] = quality.recall_by_layer(model, name, part, ROWS.value, advance)
-            print(name, " ".join("-" if r is None else f"{100 * r:.1f}%" for r in recall[name]))
+    names = [name for name in PREDICTORS.value if name != "none"]
+    for name in names:  # one that cannot be loaded is better known before minutes of measurement than after
+        model.predictor(name, model.engine.dense)
+    for name in names:
+        with cli.progress(f"recall of {name}", steps) as advance:
+            recall[name] = quality.recall_by_layer(model, name, part, ROWS.value, advance)
+        print(name, " ".join("-" if r is None else f"{100 * r:.1f}%" for r in recall[name]))
     execution.store_recall(directory, recall, list(windows))
     print(f"stored in {directory}")
     model.close()

@@ -2,6 +2,7 @@
 
     python train_predictor.py --config=configs/predictor.py [--text=FOLDER_OR_FILE ...] [--config.FIELD=VALUE ...]
     python train_predictor.py --score=shipped|FOLDER [--test_text=FILE ...]        nothing is trained: the tables only
+    python train_predictor.py --calibrate=FOLDER [--validation_text=FILE ...]      its look-aheads' probabilities anew
 
 Runs the model over text, logs activations to disk, fits the network, and prints recall by layer and horizon on texts it
 has not seen. Killed at any moment, the same command goes on where it stopped and ends with the same weights.
@@ -28,6 +29,12 @@ TEST_TEXT = flags.DEFINE_multi_string("test_text", [], "File to test on; repeata
 SCORE = flags.DEFINE_string(
     "score", None, "Train nothing: score this predictor's folder, or `shipped`, on --test_text."
 )
+CALIBRATE = flags.DEFINE_string(
+    "calibrate",
+    None,
+    "Train nothing: fit the probabilities of `router` and `default_vector` on --validation_text,"
+    " and store them in this predictor's folder (or `shipped`).",
+)
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write scores and timings to this file.")
 
 CHOSEN_ON = 96  # windows of the validation texts that the best predictor of every layer is chosen on
@@ -45,7 +52,7 @@ def main() -> None:
     from moe_jax.inference.session import Model, shipped
     from moe_jax.model.layers import parameter_counts
     from moe_jax.prediction import best as best_per_layer
-    from moe_jax.prediction import fit, lookahead, metrics, predictors, report, saved, scalars, texts
+    from moe_jax.prediction import calibration, fit, lookahead, metrics, predictors, report, saved, scalars, texts
     from moe_jax.prediction.activation_log import ActivationLog
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
 
@@ -73,6 +80,16 @@ def main() -> None:
         own = predictors.params_of(name, spec, parts, weights, c["seed"])
         return metrics.evaluate(predictors.named(name), own, spec, log, windows)
 
+    def calibrate(directory, log, weights):
+        """Fits and stores how far the look-aheads can be trusted."""
+        own = {name: predictors.params_of(name, spec, parts, weights) for name in calibration.LOOKAHEADS}
+        found = {name: calibration.fit(name, params, spec, log, some(log)) for name, params in own.items()}
+        calibration.store(directory, identity, found, [Path(name).name for name in chosen_on])
+
+    def some(log):
+        """Windows of a log that choices are made on."""
+        return np.arange(0, len(log.windows.tokens), -(-len(log.windows.tokens) // CHOSEN_ON))
+
     def tell(log, weights, summary):
         """The tables on the test texts, and the document for programs."""
         summary = summary | {"test_tokens": int(log.windows.lengths.sum())}
@@ -87,10 +104,14 @@ def main() -> None:
     chosen_on, tests = VALIDATION_TEXT.value or ours["development"], TEST_TEXT.value or ours["held_out"]
     encode = model.tokenizer.encode
     test_plan = texts.plan(encode, tests, c["window"])
-    if SCORE.value:
-        directory = shipped("predictor") if SCORE.value == "shipped" else Path(SCORE.value)
+    if named := SCORE.value or CALIBRATE.value:
+        directory = shipped("predictor") if named == "shipped" else Path(named)
         weights = saved.load(directory, spec, identity)
-        tell(logged("test", test_plan), weights, {"model": identity, "predictor": str(directory)})
+        if CALIBRATE.value:
+            calibrate(directory, logged("validation", texts.plan(encode, chosen_on, c["window"])), weights)
+            print(f"stored in {directory / calibration.FILE}")
+        else:
+            tell(logged("test", test_plan), weights, {"model": identity, "predictor": str(directory)})
         model.close()
         return
 
@@ -117,8 +138,7 @@ def main() -> None:
 
     vectors, unseen = lookahead.default_vectors(*log.outputs())
     weights = {"network": params["network"], "vectors": vectors}
-    some = np.arange(0, len(validation_plan.tokens), -(-len(validation_plan.tokens) // CHOSEN_ON))
-    chosen_by = {name: score(name, validation, weights, some) for name in best_per_layer.CANDIDATES}
+    chosen_by = {name: score(name, validation, weights, some(validation)) for name in best_per_layer.CANDIDATES}
     recall, first = ({name: getattr(s, field) for name, s in chosen_by.items()} for field in ("recall", "first"))
     weights["best"] = best_per_layer.choose(recall, first)
     own = predictors.Learned(settings.rank, settings.begin_rank, settings.expert_hidden).multiply_adds(spec)
@@ -132,6 +152,7 @@ def main() -> None:
         "seconds": {"logging": logged_s, "fitting": fitted_s, "total": time.time() - started},
     }
     saved.save(output / "predictor", weights, spec, identity, {"config": c, **summary})
+    calibrate(output / "predictor", validation, weights)
     tell(test, saved.load(output / "predictor", spec, identity), summary)  # rounded, as they will be used
     print(
         f"{summary['train_tokens']:,} tokens; logging {logged_s:.0f} s, fitting {fitted_s:.0f} s, with choosing and"

@@ -16,10 +16,10 @@ over targets in the next token, and layer 0 from the embedding; each trained on 
 that of all places, in the model's active multiply-adds.
 
     --config.fit                        cost     1     2     3     4     5     6     7     8   next  layer 0
-    an earlier, larger network           22%  91.3  88.0  85.1  82.5  80.1  77.7  75.6  73.9  OLDW     91.1
+    an earlier, larger network           22%  91.3  88.0  85.1  82.5  80.1  77.7  75.5  73.8  43.0     91.4
     rank=2 expert_hidden=2 (shipped)    4.3%  90.8  81.9  74.8  74.8  69.8  69.4  68.9  68.8  37.3     90.0
-    rank=1.32 expert_hidden=1           3.0%  89.7  76.2  73.0  72.9  68.0  67.5  66.7  66.2  35.5     89.2
-    the model's own routers (`router`)   10%  84.7  77.6  72.5  68.1  64.4  60.5  57.3  53.9  19.2     38.5
+    rank=1.32 expert_hidden=1           3.0%  89.7  76.2  73.0  72.9  68.0  67.5  66.7  66.2  35.4     89.2
+    the model's own routers (`router`)   10%  84.7  77.7  72.5  68.2  64.5  60.6  57.4  54.0  19.3     38.3
 
 (`train_predictor.py --config.fit.rank=R --config.fit.expert_hidden=M --text=...`, then `train_predictor.py --score=DIR
 --test_text=FILE ...` with the files of `moe_jax/shipped/development`.) To stay 5 points above the look-ahead for the

@@ -79,6 +79,31 @@ MUTANTS = {
         {"int((1 - SPARE) * limit_bytes) - in_use_bytes - sum(reserved)": "limit_bytes"},
         AHEAD_OF_TIME,
     ),
+    "look-aheads as sharp as the layer before": Mutant(
+        "moe_jax/prediction/lookahead.py",
+        {'params["sharpness"][layer + 1]': 'params["sharpness"][layer]'},
+        "tests/prediction/test_calibration.py",
+    ),
+    "default vectors of padding too": Mutant(
+        "moe_jax/inference/activations.py",
+        {" * real[:, None, None]": ""},
+        "tests/prediction/test_default_vector.py",
+    ),
+    "gates of the wrong router": Mutant(
+        "moe_jax/inference/execution.py",
+        {"plan.gates if self._predicted_gates else": "plan.gates if not self._predicted_gates else"},
+        "tests/inference/test_execution.py",
+    ),
+    "text scored against the token that enters": Mutant(
+        "moe_jax/evaluation/quality.py",
+        {"_padded(part[:, position + 1], states[0])": "_padded(part[:, position], states[0])"},
+        "tests/evaluation/test_quality.py",
+    ),
+    "a continuation without its first token": Mutant(
+        "moe_jax/evaluation/harness.py",
+        {"position >= len(tokens) - count": "position > len(tokens) - count"},
+        "tests/evaluation/test_harness.py",
+    ),
 }
 
 

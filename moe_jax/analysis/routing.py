@@ -1,11 +1,18 @@
 """What a log says of a model's routing: entropy, load, co-activation, and how far choices repeat.
 
-    python -m moe_jax.analysis.routing DIR       an activation log, such as runs/predictor/log/train
-    python -m moe_jax.analysis.routing FILE.parquet --experts=64
+    python -m moe_jax.analysis.routing DIR [--replay]      an activation log, such as runs/predictor/log/train
+    python -m moe_jax.analysis.routing FILE.parquet --experts=64 [--replay]        another engine's routing
 
-A Parquet file (needs `pip install pyarrow`) brings the routing of another engine: one row per token and layer, with the
-columns `sequence` and `position` (integers; positions of a sequence count up), `layer` (among those with experts) and
-`experts` (a list of the K expert numbers, the first choice first). Rows may come in any order.
+`--replay` runs what needs nothing but the routing: recall of the predictors `repeat`, `frequency` and `random`, and
+what the eviction policies would load. (A network is trained on residuals, which no such trace holds, and is of one
+model: train_predictor.py logs that model itself.)
+
+A Parquet file (needs `pip install "moe_jax[parquet]"`) has one row per token and layer, in any order, and the columns
+
+    sequence   integer     the text that the token is of
+    position   integer     of the token in its text; any numbers that count up
+    layer      integer     0, 1, ... among the layers with experts; all of them for every token
+    experts    list<int>   the K experts that the router chose, 0 to --experts less one, the first choice first
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import cli
 from moe_jax.errors import UserError
 
 
@@ -40,7 +48,7 @@ def read_log(directory: Path) -> tuple[Iterator[np.ndarray], int]:
     return windows(), manifest["spec"]["num_experts"]
 
 
-def read_parquet(file: Path) -> list[np.ndarray]:
+def read_parquet(file: Path, num_experts: int) -> list[np.ndarray]:
     """Expert ids int [L, T, K] of every sequence of a routing trace.
 
     Raises:
@@ -49,18 +57,30 @@ def read_parquet(file: Path) -> list[np.ndarray]:
     try:
         from pyarrow import parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UserError("reading Parquet needs pyarrow: pip install pyarrow") from None
+        raise UserError('reading Parquet needs pyarrow: pip install "moe_jax[parquet]"') from None
     try:
         table = parquet.read_table(file, columns=["sequence", "position", "layer", "experts"])
+        if not table.num_rows or any(column.null_count for column in table.columns):
+            raise ValueError("no rows" if not table.num_rows else "a value is missing")
         sequence, position, layer = (table[name].to_numpy() for name in ("sequence", "position", "layer"))
+        if any(not np.issubdtype(column.dtype, np.integer) for column in (sequence, position, layer)):
+            raise ValueError("sequence, position and layer must be integers")
         experts = np.array(table["experts"].to_pylist(), np.int64)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a routing trace ({' '.join(str(error).split())[:200]})") from None
+    if experts.ndim != 2 or not experts.shape[1]:
+        raise UserError(f"{file}: every row must list as many experts")
+    if experts.min() < 0 or experts.max() >= num_experts:
+        raise UserError(f"{file}: expert {experts.max()} is not among 0 to {num_experts - 1}; see --experts")
+    if (np.diff(np.sort(experts, 1), axis=1) == 0).any():
+        raise UserError(f"{file}: a row lists an expert twice")
+    if layer.min() < 0:
+        raise UserError(f"{file}: layers are counted from 0")
+    layers = layer.max() + 1
     found = []
     for own in np.unique(sequence):
         rows = np.flatnonzero(sequence == own)
         rows = rows[np.lexsort((position[rows], layer[rows]))]
-        layers = layer[rows].max() + 1
         if len(rows) % layers or (np.bincount(layer[rows], minlength=layers) != len(rows) // layers).any():
             raise UserError(f"{file}: sequence {own} does not have every layer of every token once")
         found.append(experts[rows].reshape(layers, len(rows) // layers, -1))
@@ -111,25 +131,52 @@ def summarise(windows: Any, num_experts: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Summary of the routing in an activation log or a Parquet trace.")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--experts", type=int, help="number of experts, with Parquet")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder of an activation log, or a Parquet file")
+    parser.add_argument("--experts", type=int, help="number of experts of a layer, with Parquet")
+    parser.add_argument("--replay", action="store_true", help="predictors and eviction policies on this routing")
+    parser.add_argument(
+        "--budget", type=float, default=25, help="share of all experts in %% that replayed policies keep"
+    )
+    parser.add_argument("--tokens", type=int, default=256, help="tokens that policies replay")
     arguments = parser.parse_args()
     if arguments.source.suffix == ".parquet":
         if not arguments.experts:
             raise UserError("a Parquet trace does not say how many experts there are: give --experts")
-        windows, experts = read_parquet(arguments.source), arguments.experts
+        windows, experts = read_parquet(arguments.source, arguments.experts), arguments.experts
     else:
         windows, experts = read_log(arguments.source)
+        windows = list(windows)
     found = summarise(windows, experts)
     print("layer " + " ".join(f"{name:>14}" for name in found))
     for layer, row in enumerate(zip(*found.values(), strict=True)):
         print(f"{layer:5} " + " ".join(f"{'-' if value is None else f'{value:.3f}':>14}" for value in row))
+    if arguments.replay:
+        _replay(windows, experts, arguments.budget, arguments.tokens)
+
+
+def _replay(windows: list[np.ndarray], experts: int, budget: float, tokens: int) -> None:
+    from moe_jax.analysis import replay
+
+    L, _, K = windows[0].shape
+    if not 0 < budget <= 100 or tokens < 1:
+        raise UserError("--budget is a share in %, --tokens at least 1")
+    capacity = int(L * experts * budget / 100)
+    loads = replay.loads(windows, capacity, tokens)
+    shown = lambda values: " ".join(f"{'-' if x is None else f'{100 * x:.1f}':>6}" for x in values)
+    print(f"\nrecall@{K} in %, by layers ahead")
+    for name, scores in replay.recall(windows, experts).items():
+        for wrapped, where in ((False, "same token"), (True, "next token")):
+            print(f"{name:>12} {where} {shown(scores.by_horizon('recall', wrapped))}")
+    print(f"\nexperts loaded per token of {L * K} needed, on demand, {capacity} of {L * experts} kept")
+    for name, count in loads.items():
+        print(f"{name:>12} {count:.3f}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        cli.fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")

@@ -3,7 +3,9 @@
     python -m moe_jax.evaluation.harness --model moe_jax --tasks hellaswag \\
         --model_args checkpoint=DIR,execution=speculative_gated,predictor=router,offload.device_budget=25%
 
-is `lm_eval` with one more model; every other flag is lm-eval's own. Arguments of the model are `config` (a document
+is `lm_eval` with one more model; every other flag is lm-eval's own. (`lm_eval --model moe_jax` itself needs an lm-eval
+that looks for models of other packages, by the entry point `lm_eval.models` that pyproject.toml declares: its main
+branch does, releases up to 0.4.13 and 0.5.0.dev1 do not.) Arguments of the model are `config` (a document
 such as configs/mixtral.py, whose values the others replace), `execution`, `predictor`, and any field of the
 configuration; `--batch_size` is the configuration's too.
 
@@ -187,7 +189,12 @@ def _document(path: str) -> dict[str, Any]:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
+    from moe_jax import cli
+
     # The class that is registered must be the one that others import.
     from moe_jax.evaluation import harness  # noqa: F401
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        cli.fail(str(error))

@@ -253,20 +253,27 @@ def make(
                 f" stored for predictor {predictor.name}; measure it with evaluate.py --measure_recall, or choose"
                 " --config.execution=speculative_gated"
             )
+        if len(recall) != len(layers):
+            raise UserError(
+                f"the recall stored for predictor {predictor.name} is of a model of {len(recall)} layers, this one has"
+                f" {len(layers)}; measure it with evaluate.py --measure_recall"
+            )
         layers = [able and r is not None and r >= threshold for able, r in zip(layers, recall, strict=True)]
     return Planned(a.routing, layers, predicted_gates=mode == "speculative")
 
 
 def store_recall(directory: str | Path, recall: dict[str, list[float | None]], texts: Sequence[str]) -> None:
-    """Keeps, beside a trained predictor, how well each layer is predicted on validation text.
+    """Keeps, beside a trained predictor, how well each layer is predicted on validation text; other predictors' stays.
 
     Args:
       recall: by predictor and layer: recall@K of what is predicted for the layer one before it (for layer 0: before the
         token enters); None where nothing is.
       texts: names of the validation texts, for people.
     """
-    document = {"texts": list(texts), "recall": recall}
-    (Path(directory) / RECALL_FILE).write_text(json.dumps(document, indent=1) + "\n")
+    file = Path(directory) / RECALL_FILE
+    others = json.loads(file.read_text())["recall"] if file.exists() else {}
+    document = {"texts": list(texts), "recall": others | recall}
+    file.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def stored_recall(directory: str | Path, predictor: str) -> list[float | None] | None:

@@ -1,4 +1,10 @@
-"""Look-ahead with the model's own routers: applied to this layer's residual, or to the quasi-hidden state."""
+"""Look-ahead with the model's own routers: applied to this layer's residual, or to the quasi-hidden state.
+
+A router that looks ahead sees a state that is not the one it will decide on, and its logits say too much, the more so
+the further ahead. `sharpness` [L + 1, H] (row 0 before layer 0, row l + 1 at layer l) is how much they count: the
+probabilities are those of `membership` of the standardised logits times it. It changes no ranking. `calibration.py`
+fits it on text; `default_sharpness` is for a model that has no such fit.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Rule, Spec, targets
-from moe_jax.prediction.membership import from_logits
+from moe_jax.prediction.membership import membership, standardised
 
 
 class Router:
@@ -26,6 +32,7 @@ class Router:
             "offsets": jnp.arange(1, spec.horizon + 1, dtype=jnp.int32),
             "eps": jnp.float32(spec.norm_eps),
             "rule": Rule(spec.routing),
+            "sharpness": jnp.asarray(default_sharpness(spec)),
         }
 
     def init_state(self, spec: Spec, batch: int) -> Any:
@@ -34,8 +41,12 @@ class Router:
     def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return ()
 
+    def hidden(self, params: Any, features: Features) -> Array:
+        """What the routers look at, before the target's norm, [B, D]."""
+        return features.residual
+
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
-        return _look(params, features.residual, features.layer), state
+        return _look(params, self.hidden(params, features), features.layer), state
 
     def begin(self, params: Any, state: Any, embedding: jax.Array) -> tuple[Prediction, Any]:
         return _look(params, embedding, -1), state
@@ -61,26 +72,46 @@ class DefaultVector:
     def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return ()
 
-    def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
+    def hidden(self, params: Any, features: Features) -> Array:
+        """The quasi-hidden state before the target's norm, float32 [B, D]."""
         vectors = params["vectors"][features.layer, features.ids]  # [B, K, D]
-        added = jnp.einsum("bk,bkd->bd", features.gates, vectors)
-        return _look(params, features.residual.astype(jnp.float32) + added, features.layer), state
+        return features.residual.astype(jnp.float32) + jnp.einsum("bk,bkd->bd", features.gates, vectors)
+
+    def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
+        return _look(params, self.hidden(params, features), features.layer), state
 
     def begin(self, params: Any, state: Any, embedding: jax.Array) -> tuple[Prediction, Any]:
         return _look(params, embedding, -1), state
 
 
 def _look(params: Any, hidden: Array, layer: Any) -> Prediction:
-    """The routers of the layers after `layer` on `hidden` [B, D]."""
+    logits, values = look(params, hidden, layer)
+    sharpness = params["sharpness"][layer + 1][:, None]
+    return Prediction(membership(sharpness * values, params["rule"].routing.top_k), logits)
+
+
+def look(params: Any, hidden: Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+    """The routers of the layers after `layer` on `hidden` [B, D]: their logits, and these standardised, [B, H, E]."""
     x = hidden.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + params["eps"])
-    layers = params["layers"]
+    layers, routing = params["layers"], params["rule"].routing
     ahead = targets(params["offsets"], layer, layers["routers"].shape[0])
     logits = jnp.einsum("bd,hed->bhe", x, layers["routers"][ahead])
     if "biases" in layers:
         logits = logits + layers["biases"][ahead]
     correction = layers["corrections"][ahead] if "corrections" in layers else None
-    return from_logits(logits, params["rule"].routing, correction)
+    return logits, standardised(logits, routing, correction)
+
+
+def default_sharpness(spec: Spec) -> np.ndarray:
+    """Sharpness float32 [L + 1, H] where nothing was fitted: what the fit of the shipped model comes near to.
+
+    9 for the next layer, falling with the distance to the power 0.7; 0.25 for a target in the next token, of which this
+    token's state says next to nothing. An embedding knows little of the layers: 1 over the distance.
+    """
+    distance = np.arange(1, spec.horizon + 1)
+    wraps = np.arange(spec.num_layers)[:, None] + distance >= spec.num_layers
+    return np.vstack([1 / distance, np.where(wraps, 0.25, 9 * distance**-0.7)]).astype(np.float32)
 
 
 def default_vectors(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:

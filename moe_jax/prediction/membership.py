@@ -10,14 +10,14 @@ from moe_jax.model.router import rank
 from moe_jax.prediction.interface import Prediction
 
 
-def from_logits(logits: jax.Array, routing: Routing, correction: jax.Array | None = None) -> Prediction:
-    """A prediction out of estimated router logits [..., E]; `correction` [..., E] as in `model.router.choose`."""
-    return Prediction(membership(evidence(logits, routing, correction), routing.top_k), logits)
-
-
 def from_probability(probability: jax.Array) -> Prediction:
     """A prediction without logits of its own: their logarithm ranks alike."""
     return Prediction(probability, jnp.log(jnp.maximum(probability, 1e-6)))
+
+
+def standardised(logits: jax.Array, routing: Routing, correction: jax.Array | None = None) -> jax.Array:
+    """`evidence` over the standard deviation of the logits of a row: alike for routers of large and of small logits."""
+    return evidence(logits, routing, correction) / (logits.std(-1, keepdims=True) + 1e-6)
 
 
 def evidence(logits: jax.Array, routing: Routing, correction: jax.Array | None = None) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 from moe_jax.config import PREDICTORS
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
-from moe_jax.prediction import learned, saved
+from moe_jax.prediction import calibration, learned, saved
 from moe_jax.prediction.best import CANDIDATES, BestPerLayer
 from moe_jax.prediction.interface import Features, ModelParts, Prediction, Predictor, Spec, fingerprint
 from moe_jax.prediction.learned import Learned
@@ -43,9 +43,18 @@ def named(name: str) -> Predictor:
 
 
 def params_of(name: str, spec: Spec, parts: ModelParts, weights: dict[str, Any], seed: int = 0) -> Any:
-    """Parameters of a predictor of this name; `weights` are those of `saved.load`, empty without a trained one."""
-    if name == DefaultVector.name:
-        return Router().init(jax.random.key(seed), spec, parts) | {"vectors": jnp.asarray(weights["vectors"])}
+    """Parameters of a predictor of this name.
+
+    Args:
+      weights: those of `saved.load`, none without a trained one; and, if there is any, as `sharpness` what
+        `calibration.stored` gave.
+    """
+    if name in calibration.LOOKAHEADS:
+        params = Router().init(jax.random.key(seed), spec, parts)
+        if name == DefaultVector.name:
+            params |= {"vectors": jnp.asarray(weights["vectors"])}
+        own = weights.get("sharpness", {}).get(name)
+        return params if own is None else params | {"sharpness": jnp.asarray(own)}
     if name == Learned.name:
         return learned.params_of(weights["network"], spec)
     if name == BestPerLayer.name:
@@ -83,4 +92,6 @@ def load(
                 " pass it with --config.prefetch.checkpoint=DIR, or choose --config.prefetch.predictor=router"
             )
         weights = saved.load(directory, spec, fingerprint(architecture, dense))
+    elif name == Router.name and str(directory):
+        weights = {"sharpness": calibration.stored(directory, spec, fingerprint(architecture, dense))}
     return named(name), spec, params_of(name, spec, parts, weights, seed)

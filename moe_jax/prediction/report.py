@@ -28,18 +28,24 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, Mapping[str, flo
 
 
 def print_scores(scores: Mapping[str, Scores], spec: Spec) -> None:
-    """Recall by predictor: means by horizon with wrapped targets apart, then by layer."""
+    """By predictor: recall and the quality of probabilities by horizon, wrapped targets apart; recall by layer."""
     console = Console()
     console = Console(width=max(console.width, 110)) if not console.is_terminal else console
     shown = lambda value: "-" if value is None else f"{100 * value:.1f}"
-    means = Table(title=f"recall@{spec.top_k} on the test texts in %, mean over layers, by layers ahead")
-    for heading in ("predictor", "target in", *map(str, range(1, spec.horizon + 1))):
-        means.add_column(heading, justify="right")
-    for wrapped, where in ((False, "same token"), (True, "next token")):
-        for name, score in scores.items():
-            means.add_row(name, where, *map(shown, score.by_horizon("recall", wrapped)))
-        means.add_section()
-    console.print(means)
+    titles = {
+        "recall": f"recall@{spec.top_k} on the test texts in %, mean over layers, by layers ahead",
+        "calibration_error": "calibration error of the probabilities in % (probability against observed share)",
+        "brier": "Brier score of the probabilities in % (mean squared error over experts)",
+    }
+    for field, title in titles.items():
+        means = Table(title=title)
+        for heading in ("predictor", "target in", *map(str, range(1, spec.horizon + 1))):
+            means.add_column(heading, justify="right")
+        for wrapped, where in ((False, "same token"), (True, "next token")):
+            for name, score in scores.items():
+                means.add_row(name, where, *map(shown, score.by_horizon(field, wrapped)))
+            means.add_section()
+        console.print(means)
     beginning = Table(title="layer 0, from the token's embedding where a predictor reads it, else from the last layer")
     beginning.add_column("predictor", justify="right")
     beginning.add_column("recall", justify="right")

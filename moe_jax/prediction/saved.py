@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax.errors import UserError
+from moe_jax.prediction import calibration
 from moe_jax.prediction.interface import Spec
 
 SCHEMA = 4
@@ -39,7 +40,7 @@ def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str,
 
 
 def load(directory: str | Path, spec: Spec, model: str) -> Any:
-    """The weights of `save` in float32, cut to `spec.horizon`.
+    """The weights of `save` in float32, cut to `spec.horizon`; and `sharpness` of `calibration.stored`, if any.
 
     Raises:
       UserError: there is no predictor, it was trained for another model, or its horizon is shorter than asked for.
@@ -73,4 +74,6 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
     weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), weights)
     # All that depends on the horizon: estimates are of all layers.
     cut = {name: weights["network"][name][:, : spec.horizon] for name in ("scale", "shift")}
-    return weights | {"network": weights["network"] | cut, "best": weights["best"][:, : spec.horizon]}
+    weights |= {"network": weights["network"] | cut, "best": weights["best"][:, : spec.horizon]}
+    sharpness = calibration.stored(directory, spec, model)
+    return weights | {"sharpness": sharpness} if sharpness else weights

@@ -96,6 +96,11 @@ def _documents(source: Path, seed: int | None) -> Iterator[tuple[str, str]]:
     if source.is_dir():
         files = [p for p in sorted(source.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
         files = [p for p in files if not {"site-packages", "dist-packages"} & set(p.relative_to(source).parts)]
+    elif source.suffix == ".parquet":
+        raise UserError(
+            f"{source} is no text: a routing trace holds no residuals to train on; give the texts themselves, or replay"
+            " it with python -m moe_jax.analysis.routing --replay"
+        )
     elif source.is_file():
         files = [source]
     else:

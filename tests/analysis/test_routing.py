@@ -1,11 +1,17 @@
 """Routing statistics of made-up choices whose numbers are known, from a log and from Parquet."""
 
+import re
+import sys
+
+import jax
 import numpy as np
 import pytest
 
-from moe_jax.analysis import routing
+from moe_jax.analysis import replay, routing
 from moe_jax.errors import UserError
-from tests.prediction.synthetic import written_log
+from moe_jax.prediction import metrics, texts
+from moe_jax.prediction.memory import Frequency, Repeat
+from tests.prediction.synthetic import SPEC, parts, written_log
 
 
 def test_known_numbers():
@@ -34,17 +40,99 @@ def test_what_is_no_log_is_one_line(tmp_path):
         routing.read_log(tmp_path)
 
 
-def test_parquet_in_any_order(tmp_path):
+NAMES = ("sequence", "position", "layer", "experts")
+
+
+def trace(ids):
+    """Columns of a Parquet file of ids [sequences, L, T, K], its rows in disorder."""
+    rows = [(s, t, layer, ids[s, layer, t].tolist()) for s, layer, t in np.ndindex(ids.shape[:3])]
+    rows = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
+    return dict(zip(NAMES, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def write(file, columns):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    ids = np.random.default_rng(0).integers(0, 4, (2, 3, 5, 2))  # sequences, layers, tokens, K
-    rows = [(s, t, layer, ids[s, layer, t].tolist()) for s in range(2) for layer in range(3) for t in range(5)]
-    rows = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
-    names = ("sequence", "position", "layer", "experts")
-    columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-    parquet.write_table(pyarrow.table(columns), tmp_path / "trace.parquet")
-    np.testing.assert_array_equal(routing.read_parquet(tmp_path / "trace.parquet"), ids)
-    parquet.write_table(pyarrow.table({k: v[1:] for k, v in columns.items()}), tmp_path / "short.parquet")
-    with pytest.raises(UserError, match="every layer of every token once"):
-        routing.read_parquet(tmp_path / "short.parquet")
+    parquet.write_table(pyarrow.table(columns), file)
+    return file
+
+
+def test_parquet_in_any_order(tmp_path):
+    ids = np.random.default_rng(0).permuted(np.tile(np.arange(4), (2, 3, 5, 1)), axis=-1)[..., :2]
+    file = write(tmp_path / "trace.parquet", trace(ids))
+    np.testing.assert_array_equal(routing.read_parquet(file, 4), ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {k: v[1:] for k, v in c.items()}, "does not have every layer of every token once"),
+        (lambda c: {k: v for k, v in c.items() if k != "layer"}, "not a routing trace"),
+        (lambda c: {k: [] for k in c}, "no rows"),
+        (lambda c: c | {"layer": [None, *c["layer"][1:]]}, "a value is missing"),
+        (lambda c: c | {"layer": [float(x) for x in c["layer"]]}, "must be integers"),
+        (lambda c: c | {"layer": [x - 1 for x in c["layer"]]}, "layers are counted from 0"),
+        (lambda c: c | {"experts": [[0], *c["experts"][1:]]}, "not a routing trace"),
+        (lambda c: c | {"experts": [[] for _ in c["experts"]]}, "every row must list as many experts"),
+        (lambda c: c | {"experts": [[2, 2], *c["experts"][1:]]}, "lists an expert twice"),
+        (lambda c: c | {"experts": [[0, 4], *c["experts"][1:]]}, "expert 4 is not among 0 to 3; see --experts"),
+    ],
+)
+def test_what_is_no_trace_is_one_line(tmp_path, change, message):
+    ids = np.tile([[[0, 1]], [[2, 3]]], (2, 1, 3, 1))
+    file = write(tmp_path / "trace.parquet", change(trace(ids)))
+    with pytest.raises(UserError, match=message) as error:
+        routing.read_parquet(file, 4)
+    assert "\n" not in str(error.value)
+
+
+def test_without_pyarrow_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=re.escape('pip install "moe_jax[parquet]"')):
+        routing.read_parquet(tmp_path / "trace.parquet", 4)
+
+
+def test_a_trace_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Layer 0 alternates between two pairs, layer 1 always uses the same pair."""
+    pairs = np.array([[0, 1], [2, 3]])
+    ids = np.stack([pairs[np.arange(8) % 2], pairs[np.ones(8, int)]])[None].repeat(2, 0)
+    file = write(tmp_path / "trace.parquet", trace(ids))
+    monkeypatch.setattr(sys, "argv", ["routing", str(file), "--experts=4", "--replay", "--budget=50", "--tokens=8"])
+    routing.main()
+    out = capsys.readouterr().out
+    assert re.search(r"^ +0 +2.000 +1.000", out, re.M) and re.search(r"^ +1 +1.000 +0.000", out, re.M)
+    # repeat: from layer 0 the next layer's experts, always; from layer 1 the next token's layer 0, never.
+    assert re.search(r"repeat same token +100.0 +-", out) and re.search(r"repeat next token +0.0 +50.0", out)
+    # Four of eight experts fit. Those of layer 1 stay, those of layer 0 never: two loads a token, and two more.
+    assert "4 of 8 kept" in out and re.search(r"belady 2.250", out) and re.search(r"lru 2.250", out)
+
+
+def test_replayed_policies_load_what_a_count_by_hand_gives():
+    # One layer, one expert at a time: 0 1 2 0 1 2 in room for two.
+    texts = [np.array([0, 1, 2, 0, 1, 2]).reshape(1, 6, 1)]
+    loads = replay.loads(texts, 2, 6)
+    assert loads["lru"] == 1  # the one that is needed next has always gone
+    assert loads["belady"] == pytest.approx(4 / 6)
+    assert replay.loads(texts, 3, 6)["lru"] == replay.loads(texts, 3, 6)["belady"] == 0.5
+    assert replay.loads(texts, 2, 2)["lru"] == 1
+    with pytest.raises(UserError, match="does not hold the 1 that one layer needs"):
+        replay.loads(texts, 0, 6)
+
+
+def test_replayed_predictors_score_as_on_a_log(tmp_path):
+    lengths = np.array([9, 2, 9, 5, 1])
+    log = written_log(tmp_path, count=5, length=9, lengths=lengths)
+    texts = [log.read([row]).ids[0, :, :length].astype(int) for row, length in enumerate(lengths)]
+    found = replay.recall(texts, SPEC.num_experts, SPEC.horizon)
+    for predictor in (Repeat(), Frequency()):
+        params = predictor.init(jax.random.key(0), SPEC, parts())
+        expected = metrics.evaluate(predictor, params, SPEC, log, batch=8)
+        np.testing.assert_allclose(found[predictor.name].recall, expected.recall, atol=1e-6)
+
+
+def test_a_trace_is_nothing_to_train_on(tmp_path):
+    file = tmp_path / "trace.parquet"
+    file.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="a routing trace holds no residuals to train on"):
+        texts.plan(lambda text: [], [file], 8)

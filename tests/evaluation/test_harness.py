@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import os
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # a local file needs nobody
 pytest.importorskip("lm_eval")
 
-from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval.api.registry import Registry, get_model  # noqa: E402
 from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
@@ -137,6 +140,14 @@ def test_a_task_that_needs_no_download(directory, tmp_path):
     best = np.array([value for value, _ in likelihoods]).reshape(-1, 2).argmax(1)
     assert found["results"]["local"]["acc,none"] == np.mean(best == [d["answer"] for d in documents])
     assert get_model("moe_jax") is MoeJax
+
+
+def test_lm_eval_gets_it_from_the_entry_point():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    [(name, value)] = project["entry-points"]["lm_eval.models"].items()
+    registry = Registry("model")  # as an lm-eval that looks for plugins fills its own
+    registry.register(name, target=EntryPoint(name, value, "lm_eval.models"))
+    assert registry.get("moe_jax") is MoeJax
 
 
 @pytest.mark.slow

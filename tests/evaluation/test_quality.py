@@ -85,6 +85,8 @@ def test_recall_is_stored_beside_the_predictor(tmp_path):
     execution.store_recall(tmp_path, {"router": [None, 0.5]}, ["text"])
     assert execution.stored_recall(tmp_path, "router") == [None, 0.5]
     assert execution.stored_recall(tmp_path, "repeat") is None
+    execution.store_recall(tmp_path, {"repeat": [None, 0.1]}, ["text"])
+    assert execution.stored_recall(tmp_path, "router") == [None, 0.5]
 
 
 def test_the_pareto_front():
@@ -101,7 +103,7 @@ def test_a_missing_matplotlib_is_said(monkeypatch):
 def test_the_script(directory, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some text, and some more of it; " * 4)
-    flags = f"--text={text} --modes=cache_aware --predictors=router --tokens=64 --window=32 --rows=2 --prompts=1"
+    flags = f"--text={text} --modes=cache_aware --predictors=router --tokens=48 --window=32 --rows=2 --prompts=1"
     outputs = [f"--output_json={tmp_path}/out.json", f"--plot={tmp_path}/plot", "--new_tokens=4"]
     command = [sys.executable, str(ROOT / "evaluate.py"), f"--config={ROOT}/configs/mixtral.py", *flags.split()]
     command += [f"--config.checkpoint={directory}", "--config.offload.device_budget=50%", *outputs]
@@ -114,3 +116,11 @@ def test_the_script(directory, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000 and "<svg" in (tmp_path / "plot.svg").read_text()
     wrong = subprocess.run([*command, "--modes=fast"], capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert wrong.returncode == 2 and "fast is not among exact" in wrong.stderr
+    mistakes = {
+        "--predictors=oracle": "not the oracle",
+        "--window=999 --tokens=999": "more than the 256 positions",
+        f"--text={text}": "another text has this name",
+    }
+    for flags, message in mistakes.items():
+        wrong = subprocess.run([*command, *flags.split()], capture_output=True, text=True, timeout=100, cwd=ROOT)
+        assert wrong.returncode == 2 and message in wrong.stderr.splitlines()[-1]

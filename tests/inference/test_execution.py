@@ -250,6 +250,8 @@ def test_what_a_mode_lacks_is_said(tiny):
         make("speculative", predictor=None)
     with pytest.raises(UserError, match="no recall on validation text is stored for predictor repeat"):
         make("hybrid", predictor=predictors.Repeat())
+    with pytest.raises(UserError, match="is of a model of 2 layers, this one has 5"):
+        make("hybrid", predictor=predictors.Repeat(), recall=[0.5, 0.5])
     with pytest.raises(UserError, match="offload.tier=host"):
         make("cache_aware", predictor=None)
     assert make("exact", predictor=None) is None

@@ -81,14 +81,17 @@ def test_rows_are_independent(predictor):
 
 def test_router_is_the_target_layers_router_on_this_residual():
     arrays, model = activations(SPEC, parts(), 2, 3), parts()
-    p, _, _ = run(predictors.Router(), arrays)
+    sharpness = np.linspace(0.5, 1.5, (SPEC.num_layers + 1) * SPEC.horizon).reshape(-1, SPEC.horizon)
+    params = predictors.params_of("router", SPEC, model, {"sharpness": {"router": sharpness.astype(np.float32)}})
+    p, _, _ = run(predictors.Router(), arrays, params=params)
     for layer in range(SPEC.num_layers):
         for h in range(1, SPEC.horizon + 1):
             target, x = (layer + h) % SPEC.num_layers, arrays[0][:, layer]
             normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + SPEC.norm_eps) * model.expert_norms[target]
             logits, ours = normed @ model.routers[target].T, p[:, :, layer, h - 1]
-            odds = np.log(ours / (1 - ours))  # the router's logits, moved
-            np.testing.assert_allclose(odds - odds[..., :1], logits - logits[..., :1], atol=1e-3)
+            own = sharpness[layer + 1, h - 1] / logits.std(-1, keepdims=True)
+            odds = np.log(ours / (1 - ours))  # the router's logits, moved and stretched
+            np.testing.assert_allclose(odds - odds[..., :1], own * (logits - logits[..., :1]), atol=1e-3)
             np.testing.assert_allclose(ours.sum(-1), SPEC.top_k, atol=1e-3)
 
 

@@ -22,6 +22,16 @@ def test_json_lines_go_on_where_a_run_stopped(tmp_path):
     assert lines == 2 * [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "validation_recall": 0.75}]
 
 
+def test_a_line_is_there_when_its_step_is_done(tmp_path):
+    writers = scalars.writers(tmp_path)
+    for writer in writers:
+        writer.write(7, {"loss": 0.5})
+    found = (tmp_path / "scalars.jsonl").read_text()  # a killed run closes nothing
+    for writer in writers:
+        writer.close()
+    assert json.loads(found) == {"step": 7, "loss": 0.5}
+
+
 def test_tensorboard_reads_the_events(tmp_path):
     events: Any = pytest.importorskip("tensorboardX.proto.event_pb2")
     write(tmp_path)

@@ -29,6 +29,9 @@ def place(tmp_path_factory) -> Path:
     (place / "test.txt").write_text(
         "A text of its own, of which there is no line in the other one, not even in part.\n" * 8
     )
+    (place / "validation.txt").write_text(
+        "What is chosen on is another text than what is tested on, word by word.\n" * 9
+    )
     return place
 
 
@@ -49,7 +52,7 @@ def command(place: Path, output: str, *more: str) -> list[str]:
     }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     script = [sys.executable, str(ROOT / "train_predictor.py"), f"--config={ROOT}/configs/predictor.py"]
-    texts = [f"--text={place}/text", f"--validation_text={place}/test.txt", f"--test_text={place}/test.txt"]
+    texts = [f"--text={place}/text", f"--validation_text={place}/validation.txt", f"--test_text={place}/test.txt"]
     return [*script, *flags, *texts, *more]
 
 
@@ -78,7 +81,9 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     whole = run(place, "whole", f"--output_json={place}/scores.json")
     assert whole.returncode == 0, whole.stderr
     scores = json.loads((place / "scores.json").read_text())
-    assert "recall@2 on the test texts" in whole.stdout and "next token" in whole.stdout
+    assert all(
+        said in whole.stdout for said in ("recall@2 on the test texts", "next token", "calibration error", "Brier")
+    )
     predictors = {"learned", "best_per_layer", "router", "default_vector", "repeat", "frequency", "random"}
     assert set(scores["scores"]) == predictors
     curve = [json.loads(line) for line in (place / "whole" / "scalars" / "scalars.jsonl").read_text().splitlines()]
@@ -89,6 +94,11 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     assert again.returncode == 0, again.stderr
     assert json.loads((place / "again.json").read_text())["scores"] == scores["scores"]
     assert again.stdout in whole.stdout and not (place / "scored" / "fit").exists()
+    fitted = place / "whole" / "predictor" / "calibration.json"
+    before = fitted.read_text()
+    fitted.unlink()
+    assert run(place, "scored", f"--calibrate={place}/whole/predictor").returncode == 0
+    assert fitted.read_text() == before
     target = random.choice([1, 2, 500, 2000])  # while logging, and while fitting
     killed = subprocess.Popen(command(place, "killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 300

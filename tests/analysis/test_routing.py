@@ -136,3 +136,13 @@ def test_a_trace_is_nothing_to_train_on(tmp_path):
     file.write_bytes(b"PAR1")
     with pytest.raises(UserError, match="a routing trace holds no residuals to train on"):
         texts.plan(lambda text: [], [file], 8)
+
+
+def test_long_texts_are_cut_and_nothing_of_them_is_lost(monkeypatch):
+    monkeypatch.setattr(replay, "WINDOW", 4)
+    texts = [np.arange(20).reshape(1, 10, 2), np.arange(6).reshape(1, 3, 2)]
+    routes = replay.Routes(texts, 20)
+    a = routes.read(np.arange(len(routes.windows.tokens)))
+    np.testing.assert_array_equal(a.lengths, [4, 4, 2, 3])
+    found = np.concatenate([ids[0, :length] for ids, length in zip(a.ids, a.lengths, strict=True)])
+    np.testing.assert_array_equal(found, np.concatenate([ids[0] for ids in texts]))

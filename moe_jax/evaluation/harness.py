@@ -39,7 +39,6 @@ _SHORT = {"predictor": "prefetch.predictor"}
 _LM_EVAL = ("max_batch_size", "device", "metadata")  # what lm_eval gives every model and this one has no use for
 
 
-@register_model("moe_jax")
 class MoeJax(TemplateLM):
     """See the module. Requests are sorted by length, so that batches hold rows of about the same."""
 
@@ -190,11 +189,11 @@ if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
     from moe_jax import cli
-
-    # The class that is registered must be the one that others import.
-    from moe_jax.evaluation import harness  # noqa: F401
+    from moe_jax.evaluation import harness  # noqa: F401  # registers its class, which is the one that others import
 
     try:
         cli_evaluate()
     except UserError as error:
         cli.fail(str(error))
+else:
+    register_model("moe_jax")(MoeJax)  # as __main__ it would be another class of the same name, which lm_eval refuses

@@ -1,8 +1,8 @@
-"""Fits the learned predictor to an activation log: from linear regressions in closed form, by gradient descent.
+"""Fits the learned predictor to an activation log: a linear solution in closed form, then gradient descent.
 
-Regressions on the target layers' router logits give directions to start from, in a basis in which gradient descent is
-fast (`closed_form.py`). Gradient descent on the same error, and on binary cross-entropy of membership in the true top
-K, then fits what the places say one after another: outputs become calibrated probabilities.
+Least squares against the target layers' router logits gets the direct part near its best in one pass over the log,
+which thousands of gradient steps would not (`closed_form.py`). Gradient descent on the same error, and on binary
+cross-entropy of membership in the true top K, then trains all of it: outputs become calibrated probabilities.
 """
 
 from __future__ import annotations
@@ -27,15 +27,11 @@ from moe_jax.errors import UserError
 from moe_jax.prediction.activation_log import ActivationLog, Activations
 from moe_jax.prediction.closed_form import calibrate, least_squares, padded, unwhiten, used
 from moe_jax.prediction.interface import ModelParts, Spec
-from moe_jax.prediction.learned import Learned, params_of, score_windows, window_inputs, window_targets
+from moe_jax.prediction.learned import Learned, window_inputs, window_targets
 
-LIGHT = ("keep", "bias", "begin_keep", "begin_bias", "scale", "shift")
-FASTER = 5  # times the learning rate for these: each of their numbers stands for itself
-Schedule = tuple[int, float]
-"""Steps, and the peak learning rate."""
-NEAREST, FURTHEST = 8.0, 0.5
-"""Weights of the losses, `NEAREST / h**2` and no less than the other: the less is left to be told, the finer the
-differences that matter."""
+DIRECT = ("near", "far_in", "far_out", "gates", "previous", "echo_in", "echo_out")  # what the closed form gives
+Schedule = tuple[int, float, float]
+"""Steps, and the peak learning rates of the hidden layer and of the direct part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +39,23 @@ class FitConfig:
     """How a predictor is fitted; `configs/predictor.py` says what the values cost.
 
     Attributes:
-      rank: directions of the residual that a layer reads, per expert; what the network costs.
-      begin_rank: the same of the token's embedding.
-      expert_hidden: width of every expert's hidden layer.
+      hidden: width of the hidden layer that every token uses.
+      expert_hidden: width of every expert's own.
       steps: gradient steps; 0 keeps the closed form.
       batch_windows: windows per step.
-      learning_rate: peak rate.
+      learning_rate: peak rate of the hidden layers; the direct part, already solved for, gets `direct_rate` of it.
       ridge: regularisation of the closed form, relative to the mean square of the inputs.
       evaluate_every: steps between looks at the validation windows; the best of them is kept.
       checkpoint_every: steps between checkpoints.
       patience: looks without a better recall after which training stops.
     """
 
-    rank: float
-    begin_rank: float
+    hidden: int
     expert_hidden: int
     steps: int
     batch_windows: int
     learning_rate: float
+    direct_rate: float
     ridge: float
     seed: int
     evaluate_every: int
@@ -69,12 +64,12 @@ class FitConfig:
 
     def __post_init__(self):
         least = {
-            "rank": 0,
-            "begin_rank": 0,
+            "hidden": 1,
             "expert_hidden": 1,
             "steps": 0,
             "batch_windows": 1,
             "learning_rate": 0,
+            "direct_rate": 0,
             "ridge": 0,
         }
         for name, low in (least | {"evaluate_every": 1, "checkpoint_every": 1, "patience": 1}).items():
@@ -83,7 +78,7 @@ class FitConfig:
 
     def schedule(self) -> Schedule:
         """The part that gradient steps are compiled for."""
-        return self.steps, self.learning_rate
+        return self.steps, self.learning_rate, self.learning_rate * self.direct_rate
 
 
 def fit(
@@ -110,7 +105,7 @@ def fit(
       UserError: the directory belongs to another run.
     """
     train, held_out = np.arange(len(log.windows.tokens)), np.arange(len(validation.windows.tokens))
-    network = Learned(c.rank, c.begin_rank, c.expert_hidden).init(jax.random.key(c.seed), spec, parts)["network"]
+    network = Learned(c.hidden, c.expert_hidden).init(jax.random.key(c.seed), spec, parts)["network"]
     state = _start(c, spec, network)
     directory = Path(directory).absolute()
     run: dict[str, Any] = {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec)}
@@ -153,9 +148,8 @@ def fit(
     best = state["best"]
     # Scale and shift follow slowly while the logits under them improve.
     network = calibrate(spec, best["network"], state["basis"], few)
-    return params_of(jax.jit(unwhiten)(network, state["basis"]), spec), {
-        name: float(best[name]) for name in ("recall", "loss", "step")
-    }
+    params = {"network": jax.jit(unwhiten)(network, state["basis"]), "eps": jnp.float32(spec.norm_eps)}
+    return params, {name: float(best[name]) for name in ("recall", "loss", "step")}
 
 
 def _start(c: FitConfig, spec: Spec, network: dict[str, Any]) -> dict[str, Any]:
@@ -178,13 +172,12 @@ def _best(recall: float, loss: float, step: int, network: dict[str, Any]) -> dic
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _update(schedule: Schedule, spec: Spec, state: dict[str, Any], a: Activations) -> tuple[dict[str, Any], jax.Array]:
     """One gradient step; the new state and the loss before it."""
-    inputs, wanted = window_inputs(spec.norm_eps, a), _wanted(spec, a)
-    weights = jnp.maximum(NEAREST / jnp.arange(1, spec.horizon + 1) ** 2, FURTHEST)
+    inputs = window_inputs(spec.norm_eps, a, spec.horizon)
+    wanted = _wanted(spec, a)
 
     def objective(network):
-        scores = score_windows(unwhiten(network, state["basis"]), *inputs, spec.top_k)
-        losses = _losses(wanted, *scores).mean(-1) * wanted.known * weights
-        return losses.sum() / jnp.maximum(wanted.known.sum(), 1)
+        logits, margins = Learned().score_windows(unwhiten(network, state["basis"]), inputs, spec.top_k)
+        return (_losses(wanted, logits, margins).mean(-1) * wanted.known).sum() / jnp.maximum(wanted.known.sum(), 1)
 
     loss, gradient = jax.value_and_grad(objective)(state["network"])
     updates, optimizer_state = _optimizer(schedule).update(gradient, state["optimizer"], state["network"])
@@ -193,11 +186,11 @@ def _update(schedule: Schedule, spec: Spec, state: dict[str, Any], a: Activation
 
 
 class Wanted(NamedTuple):
-    """What some windows say the answers are, [P, W, T, H, E]."""
+    """What some windows say the answers are, [P, R, H, E]."""
 
     members: jax.Array  # multi-hot true top K
     logits: jax.Array  # of the router, centred
-    known: jax.Array  # bool [P, W, T, H]
+    known: jax.Array  # bool [P, R, H]
 
 
 def _wanted(spec: Spec, a: Activations) -> Wanted:
@@ -207,14 +200,14 @@ def _wanted(spec: Spec, a: Activations) -> Wanted:
 
 
 def _losses(wanted: Wanted, logits: jax.Array, margins: jax.Array) -> jax.Array:
-    """Squared error of the router's logits, over their variance, and cross-entropy of membership, [P, W, T, H, E].
+    """Squared error of the router's logits, over their variance, and cross-entropy of membership, [P, R, H, E].
 
     All of the router's logits say far more than which K of them are the largest, and near ones can be told almost
     exactly; far ones cannot, and there it is membership that counts.
     """
     known = wanted.known[..., None]
-    count = jnp.maximum(known.sum((1, 2, 4), keepdims=True), 1) * logits.shape[-1]
-    variance = (wanted.logits**2 * known).sum((1, 2, 4), keepdims=True) / count + 1e-6  # [P, 1, 1, H, 1]
+    count = jnp.maximum(known.sum((1, 3), keepdims=True), 1) * logits.shape[-1]
+    variance = (wanted.logits**2 * known).sum((1, 3), keepdims=True) / count + 1e-6  # [P, 1, H, 1]
     error = (logits - logits.mean(-1, keepdims=True) - wanted.logits) ** 2 / variance
     return error + optax.sigmoid_binary_cross_entropy(margins, wanted.members)
 
@@ -222,8 +215,8 @@ def _losses(wanted: Wanted, logits: jax.Array, margins: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(spec: Spec, state: dict[str, Any], a: Activations) -> jax.Array:
     """Of all known targets of some windows: their number, their recall and their loss, float32 [3]."""
-    wanted, network = _wanted(spec, a), unwhiten(state["network"], state["basis"])
-    logits, margins = score_windows(network, *window_inputs(spec.norm_eps, a), spec.top_k)
+    inputs, wanted = window_inputs(spec.norm_eps, a, spec.horizon), _wanted(spec, a)
+    logits, margins = Learned().score_windows(unwhiten(state["network"], state["basis"]), inputs, spec.top_k)
     ranked = jax.lax.top_k(margins, spec.top_k)[1]
     recall = jnp.take_along_axis(wanted.members, ranked, axis=-1).sum(-1) / spec.top_k * wanted.known
     losses = _losses(wanted, logits, margins).mean(-1) * wanted.known
@@ -231,14 +224,14 @@ def _sums(spec: Spec, state: dict[str, Any], a: Activations) -> jax.Array:
 
 
 def _optimizer(schedule: Schedule) -> optax.GradientTransformation:
-    steps, rate = schedule
+    steps, hidden_rate, direct_rate = schedule
 
     def adam(rate: float) -> optax.GradientTransformation:
         warmup = min(20, max(steps // 10, 1))
         return optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1)), b2=0.98)
 
-    label = lambda network: {name: "light" if name in LIGHT else "heavy" for name in network}
-    kinds: Any = {"light": adam(rate * FASTER), "heavy": adam(rate)}
+    kinds: Any = {"hidden": adam(hidden_rate), "direct": adam(direct_rate)}
+    label = lambda network: {n: "direct" if n in DIRECT else "hidden" for n in network}
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(kinds, label))
 
 

@@ -1,153 +1,101 @@
-"""The learned predictor: a running estimate of every layer's router logits, which each layer corrects a little.
+"""The learned predictor: a small network per place, whose tables all places share one executable for.
 
-When a token enters, its embedding gives a first estimate for all layers (`begin`). Every layer then corrects those of a
-few layers ahead, and leaves two things for the next token: a first estimate for its own layer, and an *echo*, what the
-next token's attention will make of this token there, which is added when that layer is the next. So a target is refined
-several times before it is reached, and a few directions of the residual serve for all that a layer says. What the
-chosen experts are about to add is looked up in tables, which costs almost nothing, but that for the next layer each of
-them has a small hidden layer of its own.
+Place 0 is the token's embedding, before layer 0; place l + 1 is layer l, after its router. A place's network reads the
+normalised residual (or embedding), the chosen experts with their gates, the experts that the last token used in the
+target layers, and the *echo* of the target layers: a few numbers that each of them, when the last token passed it, left
+for the next one. Attention makes much of the last token, so that this is worth more than all else but the residual.
 
-Estimates stand in the order in which their layers are reached, so that nothing is looked up by layer, and a call reads
-the tables of one layer alone (`at`).
+What the chosen experts are about to add to the residual is what a look-ahead lacks most: a regression that is told it
+finds 2 to 6 points more of the next layer's experts. So every expert has a small hidden layer of its own, and only
+those of the K chosen ones are computed.
+
+The direct part (full matrices for the next two layers, one of low rank for all of them, and the echo) is solved for
+(`closed_form.py`); the hidden layers correct it. A table per place costs no more compute than a shared trunk of the
+same width, and little memory while the network is small.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from moe_jax.model.architecture import Routing
 from moe_jax.prediction.activation_log import Activations
-from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Rule, Spec
+from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Spec, last_ids, targets
 
-LAYER = ("read", "say", "gates", "bias", "keep", "expert_in", "expert_bias", "expert_out")  # tables by layer
-CORRECTED = (1, 2, 4, 8)
-"""Layers ahead whose estimates a layer corrects; between them an estimate moves on as it is."""
+NEAR = 2  # horizons with a direct part of full rank: the nearer a target, the more directions tell its experts apart
 
 
-def corrected(num_layers: int) -> tuple[int, ...]:
-    """Those of `CORRECTED` that a model has."""
-    return tuple(h for h in CORRECTED if h <= num_layers)
+def rank(spec: Spec) -> int:
+    """Rank of the direct part for all horizons and width of the echo: no less than what a small model needs, and for
+    large ones what keeps the network under 3% of their multiply-adds."""
+    return min(spec.d_model, max(48, spec.d_model // 16))
 
 
-class Learned:
-    """State: float32 [B, 2, L, E]. Of the layers ahead, the one that is reached next first: estimates of their router
-    logits, and their echoes. All zero, which is about their mean, while nothing is known: after a prompt.
+class Network(nnx.Module):
+    """The network of one place. Weights are `[in, out]`; the last axis of an output is (horizon, expert), flattened."""
 
-    Args:
-      rank: directions of the residual that a layer reads, per expert. To tell experts apart takes nearly as many as
-        there are experts.
-      begin_rank: directions of the embedding that `begin` reads, per expert.
-      expert_hidden: width of every expert's hidden layer.
-    """
+    def __init__(self, spec: Spec, hidden: int, expert_hidden: int, *, rngs: nnx.Rngs):
+        D, E, H, r = spec.d_model, spec.num_experts, spec.horizon, rank(spec)
+        zeros = lambda *shape: nnx.Param(jnp.zeros(shape))
+        normal = lambda *shape: nnx.Param(jax.random.normal(rngs.params(), shape) / math.sqrt(D))
+        self.near = zeros(D, min(NEAR, H) * E)  # the next layers only
+        self.far_in, self.far_out = zeros(D, r), zeros(r, H * E)
+        self.gates = zeros(E, H * E)
+        self.previous = zeros(H, E, E)  # a target layer's last experts speak for that layer only
+        self.echo_in, self.echo_bias = zeros(D, r), zeros(r)  # what this layer leaves
+        self.echo_out = zeros(H, r, E)  # what it makes of what the target layers left
+        self.bias = zeros(H * E)
+        self.hidden_in, self.hidden_bias = normal(D, hidden), zeros(hidden)
+        self.hidden_out = zeros(hidden, H * E)
+        self.expert_in, self.expert_bias = normal(E, D, expert_hidden), zeros(E, expert_hidden)
+        self.expert_out = zeros(E, expert_hidden, H * E)
+        self.scale, self.shift = nnx.Param(jnp.ones((H, 1))), zeros(H, 1)
 
-    name = "learned"
+    def leave(self, x: jax.Array) -> jax.Array:
+        """The echo of this layer, [..., rank] of x [..., D]."""
+        return x @ self.echo_in[...] + self.echo_bias[...]
 
-    def __init__(self, rank: float = 2.0, begin_rank: float = 2.0, expert_hidden: int = 2):
-        self.rank, self.begin_rank, self.expert_hidden = rank, begin_rank, expert_hidden
+    def of_chosen(self, x: jax.Array, ids: Array, gates: Array) -> jax.Array:
+        """What the chosen experts say, [R, H * E]: x [R, D], ids [R, K] (-1: none), gates [R, K] (0 where none)."""
+        inner = jnp.einsum("rd,rkdm->rkm", x, self.expert_in[...][ids]) + self.expert_bias[...][ids]
+        out = jnp.einsum("rkm,rkmo->rko", jax.nn.gelu(inner), self.expert_out[...][ids]) + self.gates[...][ids]
+        return jnp.einsum("rko,rk->ro", out, gates)
 
-    def ranks(self, spec: Spec) -> tuple[int, int]:
-        """Directions that a layer reads, and that `begin` reads."""
-        most = lambda per_expert: max(1, min(spec.d_model, int(per_expert * spec.num_experts)))
-        return most(self.rank), most(self.begin_rank)
+    def of_all(self, x: jax.Array, gates: jax.Array) -> jax.Array:
+        """The same for gates [R, E] that are 0 for all but the chosen experts: many rows share the tables."""
+        inner = jnp.einsum("rd,edm->rem", x, self.expert_in[...]) + self.expert_bias[...]
+        inner = jax.nn.gelu(inner) * gates[..., None]
+        return jnp.einsum("rem,emo->ro", inner, self.expert_out[...]) + gates @ self.gates[...]
 
-    def init(self, rng: jax.Array, spec: Spec, parts: ModelParts) -> Any:
-        """Untrained parameters, which say nothing.
+    def __call__(self, x: jax.Array, of_experts: jax.Array, previous: jax.Array, echo: jax.Array) -> jax.Array:
+        """Estimates of the target layers' router logits.
 
-        What a layer says is, in this order: its corrections of the N layers of `corrected`, a first estimate of itself
-        for the next token, and its echo.
+        Args:
+          x: normalised residual, float32 [R, D].
+          of_experts: what `of_chosen` or `of_all` says, [R, H * E].
+          previous: what the last token's experts in the target layers say, [R, H, E]: sums of rows of their tables.
+          echo: what the target layers left, [R, H, rank].
+
+        Returns:
+          Float32 [R, H, E].
         """
-        D, E, L, (R, S) = spec.d_model, spec.num_experts, spec.num_layers, self.ranks(spec)
-        N, m, zeros, keys = len(corrected(L)), self.expert_hidden, jnp.zeros, iter(jax.random.split(rng, 3))
-        normal = lambda *shape: jax.random.normal(next(keys), shape) / np.sqrt(D)
-        network = {
-            "read": normal(L, D, R),
-            "say": zeros((L, R, (N + 2) * E)),
-            "gates": zeros((L, E, (N + 2) * E)),  # rows of the chosen experts
-            "bias": zeros((L, (N + 2) * E)),
-            "keep": zeros((L, N, E)),  # how much of an estimate stays when it is corrected
-            "expert_in": normal(L, E, D, m),
-            "expert_bias": zeros((L, E, m)),
-            "expert_out": zeros((L, E, m, E)),
-            "begin_read": normal(D, S),
-            "begin_say": zeros((S, L * E)),
-            "begin_bias": zeros(L * E),
-            "begin_keep": zeros((L, E)),
-            "scale": jnp.ones((L + 1, spec.horizon)),  # place 0 is before layer 0, place l + 1 is layer l
-            "shift": zeros((L + 1, spec.horizon)),
-        }
-        return params_of(network, spec)
+        far = x @ self.far_in[...] @ self.far_out[...]
+        hidden = jax.nn.gelu(x @ self.hidden_in[...] + self.hidden_bias[...]) @ self.hidden_out[...]
+        out = (far + hidden + of_experts + self.bias[...]).reshape(previous.shape)
+        near = (x @ self.near[...]).reshape(len(x), -1, out.shape[-1])
+        out = out.at[:, : near.shape[1]].add(near)
+        return out + previous + jnp.einsum("rhk,hke->rhe", echo, self.echo_out[...])
 
-    def init_state(self, spec: Spec, batch: int) -> Any:
-        return jnp.zeros((batch, 2, spec.num_layers, spec.num_experts))
-
-    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
-        return self.init_state(spec, ids.shape[1])
-
-    def at(self, params: Any, layer: Any) -> Any:
-        """The part of the parameters that `apply` reads at layer int or int32 []; `apply` takes it in their stead."""
-        network = params["network"]
-        here = {name: network[name][layer] for name in LAYER}
-        here |= {name: network[name][layer + 1] for name in ("scale", "shift")}
-        return params | {"network": here}
-
-    def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
-        if params["network"]["bias"].ndim == 2:
-            params = self.at(params, features.layer)
-        own, E = params["network"], state.shape[-1]
-        x = normalise(features.residual, params["eps"])
-        said = x @ own["read"] @ own["say"] + own["bias"]
-        gates, ids = features.gates, features.ids
-        said += jnp.einsum("bk,bko->bo", gates, own["gates"][ids])
-        inner = jnp.einsum("bd,bkdm->bkm", x, own["expert_in"][ids]) + own["expert_bias"][ids]
-        of_experts = jnp.einsum("bk,bkm,bkme->be", gates, jax.nn.gelu(inner), own["expert_out"][ids])
-        *corrections, first, echo = jnp.split(said, said.shape[-1] // E, axis=-1)
-        # This layer's own are used up, and make room for those of the next token.
-        ahead = [*jnp.unstack(state[:, 0, 1:], axis=1), first]
-        echoes = [*jnp.unstack(state[:, 1, 1:], axis=1), echo]
-        correct(ahead, corrections, own["keep"], echoes[0] + of_experts)
-        return _prediction(params, own, ahead), jnp.stack([jnp.stack(ahead, 1), jnp.stack(echoes, 1)], 1)
-
-    def begin(self, params: Any, state: Any, embedding: jax.Array) -> tuple[Prediction, Any]:
-        network, x = params["network"], normalise(embedding, params["eps"])
-        said = (x @ network["begin_read"] @ network["begin_say"] + network["begin_bias"]).reshape(state[:, 0].shape)
-        ahead = state[:, 0] * network["begin_keep"] + said
-        own = {name: network[name][0] for name in ("scale", "shift")}
-        return _prediction(params, own, jnp.unstack(ahead, axis=1)), jnp.stack([ahead, state[:, 1]], axis=1)
-
-    def multiply_adds(self, spec: Spec) -> int:
-        """Multiply-adds for one token, of all layers and `begin`; tables are looked up, not multiplied."""
-        D, E, L, (R, S) = spec.d_model, spec.num_experts, spec.num_layers, self.ranks(spec)
-        N = len(corrected(L))
-        said = (N + 2) * E
-        layer = D * R + R * said + spec.top_k * (said + self.expert_hidden * (D + E)) + N * E
-        return L * layer + D * S + S * L * E + L * E
-
-
-def params_of(network: dict[str, jax.Array], spec: Spec) -> Any:
-    """Parameters of trained tables."""
-    return {"network": network, "eps": jnp.float32(spec.norm_eps), "rule": Rule(spec.routing)}
-
-
-def correct(ahead: list, corrections: list, keep: jax.Array, besides: jax.Array) -> None:
-    """Corrects the estimates of the layers ahead in place, the next one's by `besides` too: [..., E], `keep` [N, E]."""
-    for h, correction, kept in zip(corrected(len(ahead)), corrections, keep, strict=True):
-        ahead[h - 1] = ahead[h - 1] * kept + correction
-    ahead[0] = ahead[0] + besides
-
-
-def _prediction(params: Any, own: Any, ahead: Any) -> Prediction:
-    logits = jnp.stack(ahead[: len(own["scale"])], axis=1)  # [B, H, E]
-    return Prediction(jax.nn.sigmoid(margins(own, logits, params["rule"].routing.top_k)), logits)
-
-
-def margins(own: Any, logits: jax.Array, top_k: int) -> jax.Array:
-    """Logits of membership in the true top K out of estimated router logits [..., H, E]."""
-    # Membership depends on how far a logit lies above or below the boundary between the K-th and the next one.
-    centred = logits - jax.lax.stop_gradient(boundary(logits, top_k))
-    return centred * own["scale"][..., None] + own["shift"][..., None]
+    def margins(self, logits: jax.Array, top_k: int) -> jax.Array:
+        """Logits of membership in the true top K out of estimated router logits [..., H, E]."""
+        # Membership depends on how far a logit lies above or below the boundary between the K-th and the next one.
+        return (logits - jax.lax.stop_gradient(boundary(logits, top_k))) * self.scale[...] + self.shift[...]
 
 
 def boundary(logits: jax.Array, top_k: int) -> jax.Array:
@@ -164,80 +112,138 @@ def boundary(logits: jax.Array, top_k: int) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), (largest + following) / 2, logits.min(-1, keepdims=True))
 
 
+def _graph() -> Any:
+    # The structure has no sizes in it, so that of the smallest network serves all.
+    tiny = Spec(num_layers=1, num_experts=1, d_model=1, norm_eps=0.0, horizon=1, routing=Routing(top_k=1))
+    return nnx.graphdef(nnx.eval_shape(lambda: Network(tiny, 1, 1, rngs=nnx.Rngs(0))))
+
+
+class Learned:
+    """The predictor around the network. State: of every layer, the experts that the last token used, int32 [B, L, K],
+    and what it left, float32 [B, L, rank] (zero while unknown: after a prompt)."""
+
+    name = "learned"
+
+    def __init__(self, hidden: int = 16, expert_hidden: int = 8):
+        """Widths of the hidden layer that every token uses and of every expert's own, of what `init` makes."""
+        self.hidden, self.expert_hidden = hidden, expert_hidden
+        self._graph = _graph()
+
+    def init(self, rng: jax.Array, spec: Spec, parts: ModelParts) -> Any:
+        """Untrained parameters, which say nothing. `network` holds tables stacked over L + 1 places."""
+        make = lambda key: nnx.to_pure_dict(
+            nnx.split(Network(spec, self.hidden, self.expert_hidden, rngs=nnx.Rngs(params=key)))[1]
+        )
+        network = jax.vmap(make)(jax.random.split(rng, spec.num_layers + 1))
+        return {"network": network, "eps": jnp.float32(spec.norm_eps)}
+
+    def init_state(self, spec: Spec, batch: int) -> Any:
+        return self.prime(spec, np.full((spec.num_layers, batch, 1, spec.top_k), -1))
+
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
+        echo = jnp.zeros((ids.shape[1], spec.num_layers, rank(spec)))
+        return {"last": jnp.asarray(last_ids(ids)), "echo": echo}
+
+    def at(self, params: Any, layer: Any) -> Any:
+        """The parameters of one layer's place, layer int or int32 [] from -1; `apply` takes them too."""
+        return params | {"network": jax.tree.map(lambda table: table[layer + 1], params["network"])}
+
+    def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
+        if params["network"]["bias"].ndim > 1:  # of all places
+            params = self.at(params, features.layer)
+        network = nnx.merge(self._graph, params["network"])
+        x = normalise(features.residual, params["eps"])
+        state = {
+            "last": state["last"].at[:, features.layer].set(features.ids),
+            "echo": state["echo"].at[:, features.layer].set(network.leave(x)),
+        }
+        of_experts = network.of_chosen(x, features.ids, features.gates)
+        return self._predict(network, state, features.layer, x, of_experts), state
+
+    def begin(self, params: Any, state: Any, embedding: jax.Array) -> tuple[Prediction, Any]:
+        network, x = nnx.merge(self._graph, self.at(params, -1)["network"]), normalise(embedding, params["eps"])
+        return self._predict(network, state, -1, x, jnp.zeros((len(x), network.bias.shape[0]))), state
+
+    def _predict(self, network: Network, state: Any, layer: Any, x: jax.Array, of_experts: jax.Array) -> Prediction:
+        H, (_, L, K) = network.scale.shape[0], state["last"].shape
+        ahead = targets(jnp.arange(1, H + 1, dtype=jnp.int32), layer, L)
+        last = state["last"][:, ahead]  # [B, H, K]
+        rows = network.previous[...][jnp.arange(H)[:, None], last]  # [B, H, K, E]
+        previous = (rows * (last >= 0)[..., None]).sum(-2)
+        logits = network(x, of_experts, previous, state["echo"][:, ahead])
+        return Prediction(jax.nn.sigmoid(network.margins(logits, K)), logits)
+
+    def multiply_adds(self, spec: Spec) -> int:
+        """Multiply-adds of one place's call for one token; tables of experts are looked up, not multiplied."""
+        D, E, K, out = spec.d_model, spec.num_experts, spec.top_k, spec.horizon * spec.num_experts
+        through = 2 * rank(spec) + self.hidden + K * self.expert_hidden  # numbers between x and the outputs
+        return D * min(NEAR, spec.horizon) * E + through * (D + out) + 2 * K * out
+
+    def score_windows(self, network: Any, inputs: Inputs, top_k: int) -> tuple[jax.Array, jax.Array]:
+        """Estimated router logits and logits of membership for whole windows, [P, W * T, H, E] each, as `apply` and
+        `begin` give them."""
+        P, W, T, D = inputs.x.shape
+        merge = lambda tables: nnx.merge(self._graph, tables)
+        left = jax.vmap(lambda tables, x: merge(tables).leave(x))(network, inputs.x)[1:]  # [L, W, T, rank]
+        echo = ahead(before(left), left, inputs.previous.shape[3])
+        rows = lambda z: z.reshape(P, W * T, *z.shape[3:])
+
+        def call(tables, x, gates, used, echo):
+            place = merge(tables)
+            previous = jnp.einsum("rhe,hef->rhf", used, place.previous[...])
+            logits = place(x, place.of_all(x, gates), previous, echo)
+            return logits, place.margins(logits, top_k)
+
+        return jax.vmap(call)(network, rows(inputs.x), rows(inputs.gates), rows(inputs.previous), rows(echo))
+
+
 def normalise(residual: Array, eps: Any) -> jax.Array:
     """RMS norm without a weight, float32."""
     x = jnp.asarray(residual, jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-# ---- whole windows ---------------------------------------------------------------------------------------------
+class Inputs(NamedTuple):
+    """What the network reads of windows of a log, by place P = L + 1, float32."""
+
+    x: jax.Array  # [P, W, T, D] normalised residuals
+    gates: jax.Array  # [P, W, T, E]
+    previous: jax.Array  # [P, W, T, H, E] multi-hot experts of the last token in the target layers, or none
 
 
-def score_windows(network: Any, x: Array, gates: Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-    """What `begin` and `apply` say of whole windows, without going through them token by token.
-
-    Args:
-      network: tables.
-      x: normalised embeddings and residuals, float32 [P, W, T, D], of all P = L + 1 places.
-      gates: of all experts, 0 for those not chosen, float32 [L, W, T, E].
-
-    Returns:
-      Estimated router logits and logits of membership, float32 [P, W, T, H, E].
-    """
-    L, E = gates.shape[0], gates.shape[-1]
-    said = jnp.einsum("lwtr,lro->lwto", jnp.einsum("lwtd,ldr->lwtr", x[1:], network["read"]), network["say"])
-    said += jnp.einsum("lwte,leo->lwto", gates, network["gates"]) + network["bias"][:, None, None]
-    inner = jnp.einsum("lwtd,ledm->lwtem", x[1:], network["expert_in"]) + network["expert_bias"][:, None, None]
-    of_experts = jnp.einsum("lwte,lwtem,lemo->lwto", gates, jax.nn.gelu(inner), network["expert_out"])
-    parts = [jnp.split(layer, said.shape[-1] // E, axis=-1) for layer in said]
-    corrections = [layer[:-2] for layer in parts]
-    firsts, echoes = ([layer[part] for layer in parts] for part in (-2, -1))
-    # First what each token leaves behind: the next one's estimates do not depend on its own before `begin`.
-    behind: list[Any] = [None] * L
-    for layer in range(L):
-        behind = [*behind[1:], firsts[layer]]
-        for h, correction, keep in zip(corrected(L), corrections[layer], network["keep"][layer], strict=True):
-            if (earlier := behind[h - 1]) is not None:  # of the next token
-                behind[h - 1] = earlier * keep + correction + (echoes[0] + of_experts[layer] if h == 1 else 0)
-    begun = x[0] @ network["begin_read"] @ network["begin_say"] + network["begin_bias"]
-    ahead = [
-        before(left) * keep + say
-        for left, keep, say in zip(behind, network["begin_keep"], jnp.split(begun, L, axis=-1), strict=True)
-    ]
-    heard = [before(echo) for echo in echoes] + echoes[:1]
-    H = network["scale"].shape[-1]
-    stages = [jnp.stack(ahead[:H], axis=-2)]
-    for layer in range(L):
-        ahead = [*ahead[1:], firsts[layer]]
-        correct(ahead, corrections[layer], network["keep"][layer], heard[layer + 1] + of_experts[layer])
-        stages.append(jnp.stack(ahead[:H], axis=-2))
-    logits = jnp.stack(stages)
-    own = {name: network[name][:, None, None] for name in ("scale", "shift")}
-    return logits, margins(own, logits, top_k)
-
-
-def window_inputs(eps: Any, a: Activations) -> tuple[jax.Array, jax.Array]:
-    """`x` and `gates` of `score_windows`."""
-    by_layer = lambda z: jnp.swapaxes(z, 0, 1)
-    one_hot = jax.nn.one_hot(by_layer(a.ids).astype(jnp.int32), a.logits.shape[-1])
+def window_inputs(eps: Any, a: Activations, horizon: int) -> Inputs:
+    """The network's inputs; a window's first token knows no last one."""
+    E = a.logits.shape[-1]
+    by_layer = lambda x: jnp.swapaxes(x, 0, 1)
+    one_hot = jax.nn.one_hot(by_layer(a.ids).astype(jnp.int32), E)
     gates = (one_hot * by_layer(a.gates).astype(jnp.float32)[..., None]).sum(-2)
-    return normalise(jnp.concatenate([a.embedding[None], by_layer(a.residual)]), eps), gates
+    used = one_hot.sum(-2)  # [L, W, T, E]
+    x = normalise(jnp.concatenate([a.embedding[None], by_layer(a.residual)]), eps)
+    # A wrapped target belongs to the next token: its last token is this one.
+    return Inputs(x, jnp.pad(gates, ((1, 0), (0, 0), (0, 0), (0, 0))), ahead(before(used), used, horizon))
 
 
-def before(this: Array) -> jax.Array:
-    """[W, T, ...] of the token before, zero for a window's first."""
-    return jnp.pad(this, ((0, 0), (1, 0), *[(0, 0)] * (this.ndim - 2)))[:, :-1]
+def before(this: jax.Array) -> jax.Array:
+    """[L, W, T, ...] of the token before, zero for a window's first."""
+    return jnp.pad(this, ((0, 0), (0, 0), (1, 0), *[(0, 0)] * (this.ndim - 3)))[:, :, :-1]
 
 
 def window_targets(values: jax.Array, lengths: jax.Array, horizon: int) -> tuple[jax.Array, jax.Array]:
-    """What is to be predicted of per-layer `values` [W, L, T, E]: [P, W, T, H, E], and whether it is in the window.
+    """What is to be predicted of per-layer `values` [W, L, T, E]: [P, W * T, H, E], and whether it is in the window.
 
-    The second is bool [P, W, T, H]: false after a window's end, and where the next token would be needed and is not
+    The second is bool [P, W * T, H]: false after a window's end, and where the next token would be needed and is not
     there.
     """
-    L, T = values.shape[1:3]
+    W, L, T, E = values.shape
     this = jnp.swapaxes(values, 0, 1)
-    both = jnp.concatenate([this, jnp.pad(this, ((0, 0), (0, 0), (0, 1), (0, 0)))[:, :, 1:]])
+    following = jnp.pad(this, ((0, 0), (0, 0), (0, 1), (0, 0)))[:, :, 1:]
     wraps = (jnp.arange(L + 1)[:, None] + jnp.arange(horizon)) >= L  # [P, H]
-    known = (jnp.arange(T)[None, :, None] + wraps[:, None, None, :]) < lengths[:, None, None]
-    return jnp.stack([both[h : h + L + 1] for h in range(horizon)], axis=3), known
+    known = (jnp.arange(T)[None, :, None] + wraps[:, None, None, :]) < lengths[:, None, None]  # [P, W, T, H]
+    wanted = ahead(this, following, horizon)
+    return wanted.reshape(L + 1, W * T, horizon, E), known.reshape(L + 1, W * T, horizon)
+
+
+def ahead(this: jax.Array, following: jax.Array, horizon: int) -> jax.Array:
+    """[L, W, T, E] for targets in this token and in the next one: [P, W, T, H, E] for the layers ahead."""
+    places, both = len(this) + 1, jnp.concatenate([this, following])
+    return jnp.stack([both[h : h + places] for h in range(horizon)], axis=3)

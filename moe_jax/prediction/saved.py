@@ -16,8 +16,9 @@ import orbax.checkpoint as ocp
 from moe_jax.errors import UserError
 from moe_jax.prediction import calibration
 from moe_jax.prediction.interface import Spec
+from moe_jax.prediction.learned import NEAR
 
-SCHEMA = 4
+SCHEMA = 3
 
 
 def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str, notes: dict[str, Any]) -> None:
@@ -72,8 +73,18 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights of predictor {directory} cannot be read ({reason}); train it again") from None
     weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), weights)
-    # All that depends on the horizon: estimates are of all layers.
-    cut = {name: weights["network"][name][:, : spec.horizon] for name in ("scale", "shift")}
-    weights |= {"network": weights["network"] | cut, "best": weights["best"][:, : spec.horizon]}
+    best = weights["best"][:, : spec.horizon]
+    weights |= {"network": _cut(weights["network"], spec), "best": best}
     sharpness = calibration.stored(directory, spec, model)
     return weights | {"sharpness": sharpness} if sharpness else weights
+
+
+def _cut(network: dict[str, Any], spec: Spec) -> dict[str, Any]:
+    """The network for a shorter horizon."""
+    H, E = spec.horizon, spec.num_experts
+    for name in ("far_out", "gates", "hidden_out", "expert_out", "bias"):
+        network[name] = network[name][..., : H * E]
+    network["near"] = network["near"][..., : min(NEAR, H) * E]
+    for name in ("previous", "echo_out", "scale", "shift"):
+        network[name] = network[name][:, :H]
+    return network

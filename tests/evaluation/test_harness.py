@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -26,6 +28,8 @@ from tests import reference  # noqa: E402
 from tests.tiny import TINY, write_tiny  # noqa: E402
 
 PAIRS = [("abc", "def"), ("", "some text"), ("a longer context, with more in it", " x"), ("b ", "cc")]
+DOCUMENTS = [{"question": q, "choices": [" yes", " no"], "answer": i % 2} for i, q in enumerate("abcd")]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +115,10 @@ def test_mistakes_are_said(directory):
         load(directory, config="nowhere.py")
 
 
-def test_a_task_that_needs_no_download(directory, tmp_path):
-    documents = [{"question": q, "choices": [" yes", " no"], "answer": i % 2} for i, q in enumerate("abcd")]
-    (tmp_path / "data.json").write_text("\n".join(map(json.dumps, documents)))
+@pytest.fixture
+def local_task(tmp_path):
+    """A folder with a task that needs no download."""
+    (tmp_path / "data.json").write_text("\n".join(map(json.dumps, DOCUMENTS)))
     task = {
         "task": "local",
         "dataset_path": "json",
@@ -126,28 +131,45 @@ def test_a_task_that_needs_no_download(directory, tmp_path):
         "metric_list": [{"metric": "acc"}],
     }
     (tmp_path / "local.yaml").write_text(json.dumps(task))  # YAML too
+    return tmp_path
+
+
+def test_a_task_that_needs_no_download(directory, local_task):
     lm = load(directory)
     found: Any = simple_evaluate(
         lm,
         tasks=["local"],
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        task_manager=TaskManager(include_path=str(local_task), include_defaults=False),
         bootstrap_iters=0,
         verbosity="ERROR",
     )
     likelihoods = lm.loglikelihood(
-        requests(*((f"{d['question']}?", choice) for d in documents for choice in d["choices"])), disable_tqdm=True
+        requests(*((f"{d['question']}?", choice) for d in DOCUMENTS for choice in d["choices"])), disable_tqdm=True
     )
     best = np.array([value for value, _ in likelihoods]).reshape(-1, 2).argmax(1)
-    assert found["results"]["local"]["acc,none"] == np.mean(best == [d["answer"] for d in documents])
+    assert found["results"]["local"]["acc,none"] == np.mean(best == [d["answer"] for d in DOCUMENTS])
     assert get_model("moe_jax") is MoeJax
 
 
 def test_lm_eval_gets_it_from_the_entry_point():
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     [(name, value)] = project["entry-points"]["lm_eval.models"].items()
     registry = Registry("model")  # as an lm-eval that looks for plugins fills its own
     registry.register(name, target=EntryPoint(name, value, "lm_eval.models"))
     assert registry.get("moe_jax") is MoeJax
+
+
+@pytest.mark.slow
+def test_the_command(directory, local_task):
+    model = f"checkpoint={directory},predictor=router,prefetch.horizon=2,execution=speculative_gated"
+    command = [sys.executable, "-m", "moe_jax.evaluation.harness", "--model=moe_jax", "--tasks=local"]
+    command += [f"--include_path={local_task}", f"--model_args={model}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "|local|" in done.stdout.replace(" ", ""), done.stderr
+    command[-1] = "--model_args=checkpoint=nowhere"
+    wrong = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert wrong.returncode == 2 and "nowhere" in wrong.stderr.splitlines()[-1]
+    assert "Traceback" not in wrong.stderr
 
 
 @pytest.mark.slow

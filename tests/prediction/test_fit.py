@@ -9,17 +9,17 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.prediction import closed_form, fit, metrics, predictors
-from moe_jax.prediction.learned import before, score_windows, window_inputs, window_targets
+from moe_jax.prediction.learned import Inputs, window_inputs
 from tests.prediction.synthetic import SPEC, parts, written_log
 from tests.prediction.test_learned import noisy
 
 CONFIG = fit.FitConfig(
-    rank=1.5,
-    begin_rank=2.0,
+    hidden=4,
     expert_hidden=2,
     steps=12,
     batch_windows=4,
     learning_rate=1e-2,
+    direct_rate=0.3,
     ridge=1e-5,
     seed=0,
     evaluate_every=4,
@@ -111,36 +111,41 @@ def test_another_configuration_is_refused(logs, tmp_path):
 
 def test_whitening_does_not_change_the_network():
     rng = np.random.default_rng(0)
-    network = noisy(predictors.Learned(0.8, 1.0))["network"]
+    learned = predictors.Learned(3, 2)
+    network = noisy(learned)["network"]
     P, D = SPEC.num_layers + 1, SPEC.d_model
     basis = {"white": rng.normal(size=(P, D, D)).astype(np.float32), "mean": rng.normal(size=(P, D)).astype(np.float32)}
     x = rng.normal(size=(P, 1, 5, D)).astype(np.float32)
-    gates = jax.nn.softmax(jnp.asarray(rng.normal(size=(P - 1, 1, 5, SPEC.num_experts)).astype(np.float32)))
+    gates = jax.nn.softmax(jnp.asarray(rng.normal(size=(P, 1, 5, SPEC.num_experts)).astype(np.float32)))
+    previous = jnp.zeros((P, 1, 5, SPEC.horizon, SPEC.num_experts))
     white = np.einsum("pwtd,pde->pwte", x - basis["mean"][:, None, None], basis["white"])
-    score = jax.jit(lambda network, x: score_windows(network, x, gates, SPEC.top_k)[0])
+    score = jax.jit(lambda network, x: learned.score_windows(network, Inputs(x, gates, previous), SPEC.top_k)[0])
     in_basis = score(network, white)
     folded = score(closed_form.unwhiten(network, basis), x)
     np.testing.assert_allclose(in_basis, folded, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("layer", [-1, 0, 2])
-def test_the_closed_form_is_the_least_squares_solution(logs, layer):
-    """Against NumPy on one table of everything that a layer may read, for the layer that is reached next."""
-    learned, L, rows = predictors.Learned(99, 99), SPEC.num_layers, np.arange(40)  # as many directions as there are
-    network = learned.init(jax.random.key(0), SPEC, parts())["network"]
+@pytest.mark.parametrize(("place", "h"), [(0, 0), (1, 1), (2, 2), (3, 0), (3, 2)])
+def test_the_closed_form_is_the_least_squares_solution(logs, place, h):
+    """Against NumPy on one table of everything that a prediction of this place for this horizon may read."""
+    learned, L = predictors.Learned(3, 2), SPEC.num_layers
+    network = learned.init(jax.random.key(0), SPEC, parts())["network"]  # its hidden layers say nothing yet
+    rows = np.arange(40)
     solved, basis = closed_form.least_squares(network, SPEC, logs[0], rows, 1e-5, 20)
     a = logs[0].read(rows)
-    x, gates = (np.asarray(z) for z in window_inputs(SPEC.norm_eps, a))
-    ours = jax.jit(lambda network: score_windows(network, x, gates, SPEC.top_k)[0])(closed_form.unwhiten(solved, basis))
-    columns = [x[layer + 1], np.ones((40, 16, 1))]
-    if layer >= 0:
-        last = x[(layer + 1) % L + 1]
-        columns += [gates[layer], np.asarray(before(last)) if layer + 1 < L else last]
-    table = np.concatenate(columns, axis=-1)[:, 1:-1].reshape(40 * 14, -1)
-    logits = np.asarray(a.logits, np.float32)
-    wanted = window_targets(logits - logits.mean(-1, keepdims=True), a.lengths, 1)[0]
-    wanted = np.asarray(wanted)[layer + 1, :, 1:-1, 0].reshape(40 * 14, -1)
+    inputs = window_inputs(SPEC.norm_eps, a, SPEC.horizon)
+    score = jax.jit(lambda network: learned.score_windows(network, inputs, SPEC.top_k)[0])
+    ours = np.asarray(score(closed_form.unwhiten(solved, basis))[place, :, h]).reshape(40, 16, -1)[:, 1:-1]
+    x, gates, used = (np.asarray(z)[place] for z in inputs)
+    carry, target = divmod(place + h, L)
+    left = np.asarray(inputs.x)[target + 1]
+    last = left[:, 1:-1] if carry else left[:, :-2]
+    columns = [x[:, 1:-1], gates[:, 1:-1], used[:, 1:-1, h], last, np.ones((40, 14, 1))]
+    table = np.concatenate(columns, axis=-1).reshape(40 * 14, -1)
+    logits = np.asarray(a.logits, np.float32)[:, target]
+    logits = logits - logits.mean(-1, keepdims=True)
+    wanted = (logits[:, 2:] if carry else logits[:, 1:-1]).reshape(40 * 14, -1)
     # Gates sum to 1 but for their rounding, which is not to be learned from.
     expected = table @ np.linalg.lstsq(table, wanted, rcond=1e-3)[0]
     # The ridge, and float32 sums of badly conditioned columns, leave a little.
-    assert (np.asarray(ours)[layer + 1, :, 1:-1, 0].reshape(expected.shape) - expected).std() < 0.03 * wanted.std()
+    assert (ours.reshape(expected.shape) - expected).std() < 0.03 * wanted.std()

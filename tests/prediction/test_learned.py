@@ -12,7 +12,7 @@ from moe_jax.errors import UserError
 from moe_jax.prediction import predictors, saved
 from moe_jax.prediction.best import BestPerLayer
 from moe_jax.prediction.interface import Features, at
-from moe_jax.prediction.learned import Learned, boundary, score_windows, window_inputs, window_targets
+from moe_jax.prediction.learned import Learned, boundary, window_inputs, window_targets
 from tests.prediction.synthetic import MODEL, SPEC, activations, logged, parts
 from tests.prediction.test_predictors import run
 
@@ -48,22 +48,22 @@ def run_with_beginnings(learned, arrays, params):
 
 
 def test_whole_windows_equal_token_by_token():
-    learned, arrays = Learned(0.8, 1.0), activations(SPEC, parts(), 2, 6)
+    learned, arrays = Learned(5, 3), activations(SPEC, parts(), 2, 6)
     params = noisy(learned)
     stepwise = run_with_beginnings(learned, arrays, params)  # [W, T, L + 1, H, E]
 
     @jax.jit
     def score(network, a):
-        return score_windows(network, *window_inputs(1e-5, a), SPEC.top_k)[1]
+        return learned.score_windows(network, window_inputs(1e-5, a, SPEC.horizon), SPEC.top_k)[1]
 
     scores = score(params["network"], logged(arrays))
-    whole = np.array(jax.nn.sigmoid(scores))  # [L + 1, W, T, H, E]
+    whole = np.array(jax.nn.sigmoid(scores)).reshape(SPEC.num_layers + 1, 2, 6, SPEC.horizon, -1)
     np.testing.assert_allclose(whole.transpose(1, 2, 0, 3, 4), stepwise, atol=1e-5)
 
 
-@pytest.mark.parametrize("predictor", [Learned(), BestPerLayer()], ids=lambda p: p.name)
+@pytest.mark.parametrize("predictor", [Learned(5, 3), BestPerLayer()], ids=lambda p: p.name)
 def test_the_tables_of_one_layer_say_what_those_of_all_say(predictor):
-    a, trained = logged(activations(SPEC, parts(), 2, 1)), weights(noisy(Learned(0.8, 1.0)))
+    a, trained = logged(activations(SPEC, parts(), 2, 1)), weights(noisy(Learned(5, 3)))
     trained["best"] = np.random.default_rng(0).integers(0, 4, (SPEC.num_layers + 1, SPEC.horizon))
     params = predictors.params_of(predictor.name, SPEC, parts(), trained)
     state = predictor.prime(SPEC, np.random.default_rng(1).integers(0, 6, (SPEC.num_layers, 2, 3, SPEC.top_k)))
@@ -82,9 +82,9 @@ def test_window_targets_against_a_loop():
     for place, w, t, h in np.ndindex(L + 1, W, T, H):
         carry, target = divmod(place + h, L)
         inside = t + carry < lengths[w]
-        assert known[place, w, t, h] == inside
+        assert known[place, w * T + t, h] == inside
         if inside:
-            np.testing.assert_allclose(wanted[place, w, t, h], values[w, target, t + carry], rtol=1e-6)
+            np.testing.assert_allclose(wanted[place, w * T + t, h], values[w, target, t + carry], rtol=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5, 6])
@@ -97,7 +97,7 @@ def test_boundary_parts_the_top_k_from_the_rest(top_k):
 
 @pytest.fixture
 def trained(tmp_path):
-    params = noisy(Learned(0.8, 1.0))
+    params = noisy(Learned(5, 3))
     saved.save(tmp_path, weights(params), SPEC, MODEL, {"note": 1})
     return tmp_path, params
 

@@ -19,7 +19,7 @@ from moe_jax.prediction.interface import Features, ModelParts, Spec, fingerprint
 from tests.prediction.synthetic import SPEC, activations, parts
 
 ALL = [*map(predictors.named, ("random", "frequency", "repeat", "router", "default_vector", "best_per_layer"))]
-ALL += [predictors.Learned(0.7, 1.0)]
+ALL += [predictors.Learned(4, 2)]
 named = pytest.mark.parametrize("predictor", ALL, ids=lambda p: p.name)
 
 
@@ -64,8 +64,8 @@ def test_priming_equals_running_the_prompt(predictor):
     primed = predictor.prime(SPEC, ids)
     assert jax.tree.structure(primed) == jax.tree.structure(state)
     if predictor.name == "learned":  # activations of a prompt are not kept: of them it knows nothing
-        assert primed.shape == state.shape and not primed.any()
-    elif predictor.name not in ("random", "best_per_layer"):  # a counter; only the memories of those that are asked
+        assert not primed.pop("echo").any() and state.pop("echo") is not None
+    if predictor.name not in ("random", "best_per_layer"):  # a counter; only the memories of those that are asked
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), primed, state)
 
 

@@ -31,8 +31,8 @@ model's active multiply-adds.
 
 A much smaller network was tried (commit 45fc0a7: the state is a running estimate of every layer's logits, which each
 layer corrects through 2 E directions; 4.3%). On the development texts it finds 90.8, 81.9, 74.8 and 68.8 of the same
-token's experts 1, 2, 4 and 8 layers ahead, this one 91.3, 88.0, 82.5 and 73.8; in mode `hybrid` it cost 2% of perplexity
-where this one costs 0.25%. Hence it is not used. A call of it takes 39 us on a CPU, one of this network 56.
+token's experts 1, 2, 4 and 8 layers ahead, this one 91.3, 88.0, 82.5 and 73.8; in mode `hybrid` it cost 2% of
+perplexity, where this one costs 0.25%. Hence it is not used. A call of it takes 39 us on a CPU, one of this network 56.
 
 With the chosen experts' exact outputs among what it reads, the linear fit finds 94.9, 93.9 and 94.9 (92.9, 90.5 and
 89.2 without) of the next layer's experts after layers 2, 5 and 9: that is what the experts' hidden layers are after.

@@ -141,7 +141,7 @@ def main() -> None:
     chosen_by = {name: score(name, validation, weights, some(validation)) for name in best_per_layer.CANDIDATES}
     recall, first = ({name: getattr(s, field) for name, s in chosen_by.items()} for field in ("recall", "first"))
     weights["best"] = best_per_layer.choose(recall, first)
-    own = predictors.Learned(settings.hidden, settings.expert_hidden).multiply_adds(spec) * (spec.num_layers + 1)
+    own = predictors.Learned(settings.expert_hidden).multiply_adds(spec)
     cost = own / parameter_counts(a)["active"]
     summary = {
         "model": identity,

@@ -54,15 +54,15 @@ def get_config() -> ConfigDict:
     c.seed = 0
     c.fit = ConfigDict(
         dict(
-            hidden=16,
-            expert_hidden=16,
-            steps=800,
+            expert_hidden=1,
+            tokens=4096,
+            steps=300,
             batch_windows=8,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             direct_rate=0.5,
             ridge=1e-5,
-            evaluate_every=200,
-            checkpoint_every=100,
+            evaluate_every=100,
+            checkpoint_every=50,
             patience=20,
         )
     )

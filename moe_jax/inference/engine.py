@@ -248,7 +248,10 @@ class Engine:
         )  # of the next layer; a prediction that has not been read: the layer it was made at, and it
         predicting, true = self._predicting(state), []
         if predicting and self._begin is not None:
-            (first, plan), state.predictor = self._begin(self.predictor_params, state.predictor, x[:, 0], state.active)
+            entering = x[:, 0], np.asarray(tokens, np.int32)
+            (first, plan), state.predictor = self._begin(
+                self.predictor_params, state.predictor, *entering, state.active
+            )
             said = -1, first
         for index, layer in self.numbered:
             if layer is None:
@@ -346,9 +349,9 @@ class Engine:
         prediction, state = self.predictor.apply(params, state, features)
         return self._said(prediction, features.layer + 1, active), state
 
-    def _begin_fn(self, params, state, embedding, active):
+    def _begin_fn(self, params, state, embedding, tokens, active):
         assert self.predictor is not None and self.predictor.begin is not None
-        prediction, state = self.predictor.begin(params, state, embedding)
+        prediction, state = self.predictor.begin(params, state, embedding, tokens)
         return self._said(prediction, 0, active), state
 
     def _said(self, prediction: Prediction, target: Any, active: jax.Array) -> tuple[jax.Array, Plan | None]:
@@ -406,8 +409,9 @@ class Engine:
             if self._begin is not None:
                 ids = np.zeros((a.num_moe_layers, B, 1, a.top_k), np.int32)
                 state = committed(self.predictor.prime(self.spec, ids))
-                embedding = stages.embed(self.dense, np.zeros((B, 1), np.int32))[:, 0]
-                jax.block_until_ready(self._begin(self.predictor_params, state, embedding, np.ones(B, bool)))
+                tokens = np.zeros(B, np.int32)
+                embedding = stages.embed(self.dense, tokens[:, None])[:, 0]
+                jax.block_until_ready(self._begin(self.predictor_params, state, embedding, tokens, np.ones(B, bool)))
         return time.perf_counter() - began
 
     def example_prediction(self, batch: int) -> Callable[[], Any]:

@@ -39,9 +39,10 @@ class Activations(NamedTuple):
     ids: Any  # uint16 [W, L, T, K]: the router's own choice, which rounded logits might not give
     gates: Any  # float16 [W, L, T, K], as the model uses them
     lengths: Any  # int32 [W]
+    tokens: Any = None  # int32 [W, T]; `read` gives them, `write` knows them from its windows
 
 
-_NAMES = Activations._fields[:-1]
+_NAMES = Activations._fields[:-2]
 _DTYPES = dict(zip(_NAMES, (np.float16, np.float16, np.float16, np.uint16, np.float16), strict=True))
 
 
@@ -133,8 +134,15 @@ class ActivationLog:
         np.savez(partial / "outputs.npz", sums=outputs.sums.astype(np.float32), counts=outputs.counts.astype(np.int64))
         os.rename(partial, self._path(shard))
 
-    def read(self, windows: Sequence[int] | np.ndarray) -> Activations:
-        """Copies the activations of these windows, in this order, out of the memory-mapped shards."""
+    def read(
+        self, windows: Sequence[int] | np.ndarray, layer: int | None = None, only: Sequence[str] = _NAMES
+    ) -> Activations:
+        """Copies the activations of these windows, in this order, out of the memory-mapped shards.
+
+        Args:
+          layer: only this one; the axis of layers is then not there.
+          only: names of the arrays that are wanted; the others are None.
+        """
         picked: list[list[np.ndarray]] = []
         for window in windows:
             shard, row = divmod(int(window), SHARD_WINDOWS)
@@ -144,9 +152,13 @@ class ActivationLog:
                     self._open[shard] = [np.load(file, mmap_mode="r") for file in files]
                 except (OSError, ValueError) as error:
                     raise self._unreadable(shard, error) from None
-            picked.append([array[row] for array in self._open[shard]])
-        columns = [np.stack(column) for column in zip(*picked, strict=True)]
-        return Activations._make([*columns, self.windows.lengths[np.asarray(windows)]])
+            by_name = dict(zip(_NAMES, self._open[shard], strict=True))
+            at = {name: row if layer is None or name == "embedding" else (row, layer) for name in only}
+            picked.append([by_name[name][at[name]] for name in only])
+        columns = dict(zip(only, (np.stack(column) for column in zip(*picked, strict=True)), strict=True))
+        chosen = np.asarray(windows)
+        arrays = [columns.get(name) for name in _NAMES]
+        return Activations(*arrays, self.windows.lengths[chosen], self.windows.tokens[chosen])
 
     def outputs(self) -> Outputs:
         """Sums over all shards, float64: the same whatever the order they were written in."""

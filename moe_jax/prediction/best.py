@@ -55,17 +55,17 @@ class BestPerLayer:
         asked = {name: CANDIDATES[name].apply for name in CANDIDATES if name in params}
         return self._ask(asked, params, state, features.layer + 1, features)
 
-    def begin(self, params: Any, state: Any, embedding: jax.Array) -> tuple[Prediction, Any]:
+    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: jax.Array) -> tuple[Prediction, Any]:
         asked = {name: begin for name in CANDIDATES if name in params and (begin := CANDIDATES[name].begin)}
-        return self._ask(asked, params, state, 0, embedding)
+        return self._ask(asked, params, state, 0, embedding, tokens)
 
-    def _ask(self, asked: Mapping[str, Any], params: Any, state: Any, place: Any, seen: Any) -> tuple[Prediction, Any]:
+    def _ask(self, asked: Mapping[str, Any], params: Any, state: Any, place: Any, *seen: Any) -> tuple[Prediction, Any]:
         best = params["best"] if params["best"].ndim == 1 else params["best"][place]
         best, state = best[None, :, None], dict(state)  # [1, H, 1]
         answers: list[tuple[int, Prediction]] = []
         for number, name in enumerate(CANDIDATES):
             if name in asked:
-                prediction, state[name] = asked[name](params[name], state[name], seen)
+                prediction, state[name] = asked[name](params[name], state[name], *seen)
                 answers.append((number, prediction))
         chosen = [best == number for number, _ in answers]
         # Nobody is the best who did not answer, so that the last resort is never taken.

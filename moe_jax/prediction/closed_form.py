@@ -1,14 +1,14 @@
-"""The part of fitting that needs no gradient: regression, whitening, calibration.
+"""The part of fitting that needs no gradient: means by token, regressions, whitening, calibration.
 
-Residuals are badly conditioned: a few outlier directions dominate. So the regression also gives a basis in which inputs
-are white, gradient descent works in that basis, and `unwhiten` folds it into the tables afterwards.
+Residuals are badly conditioned: a few outlier directions dominate. So a layer's regressions also give a basis in which
+its inputs are white, gradient descent works in that basis, and `unwhiten` folds it into the tables afterwards.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,159 +17,197 @@ import optax
 
 from moe_jax.prediction.activation_log import ActivationLog, Activations
 from moe_jax.prediction.interface import Spec
-from moe_jax.prediction.learned import NEAR, Learned, before, window_inputs, window_targets
+from moe_jax.prediction.learned import ahead_of, centred, normalise, score_windows, window_inputs, window_targets
 
-MOST = 1024  # windows that are looked at: more do not change the solution
+SEEN = 1.0
+"""Occurrences that a token's mean is drawn towards zero by."""
+MOST, WINDOWS = 2**25, 512
+"""Estimated logits (128 MiB) and windows that the regressions look at, at most."""
+
+
+def rows_of(log: ActivationLog, most: int) -> np.ndarray:
+    """The row of every token in the tables, int32 [V]: the `most` most frequent ones of the log have their own."""
+    windows = log.windows
+    counts = np.bincount(windows.tokens[np.arange(windows.tokens.shape[1]) < windows.lengths[:, None]])
+    frequent = np.argsort(-counts, kind="stable")[: min(most, np.count_nonzero(counts))]
+    row = np.zeros(len(counts), np.int32)
+    row[frequent] = 1 + np.arange(len(frequent))
+    return row
+
+
+def token_means(table: np.ndarray, row: np.ndarray, log: ActivationLog, rows: np.ndarray, batch: int) -> np.ndarray:
+    """What each token says of its own layers' logits, of the next token's, and of these while it is not known.
+
+    The first two are means of what the other one leaves, in turns.
+
+    Args:
+      table: for its shape, that of `tokens` of the network, float32 [rows, 3, L, E].
+      row: of every token.
+      rows: windows of the log.
+    """
+    table = np.zeros_like(table)
+    for kind in (2, 0, 1, 0, 1):
+        sums, counts = np.zeros((len(table), *table.shape[2:]), np.float32), np.zeros(len(table))
+        for start in range(0, len(rows), batch):
+            part = log.read(rows[start : start + batch], only=("logits",))
+            tokens = row_in(row, part.tokens)
+            inside = np.arange(1, tokens.shape[1]) < part.lengths[:, None]
+            this, last = tokens[:, 1:][inside], tokens[:, :-1][inside]
+            logits = np.swapaxes(part.logits, 1, 2)[:, 1:][inside].astype(np.float32)
+            logits -= logits.mean(-1, keepdims=True)
+            if kind < 2:
+                logits -= table[this, 0] + table[last, 1]
+            of = this if kind == 0 else last
+            order = np.argsort(of, kind="stable")
+            found, first = np.unique(of[order], return_index=True)
+            sums[found] += np.add.reduceat(logits[order], first, axis=0)
+            counts += np.bincount(of, minlength=len(table))
+        table[:, kind] += sums / (counts + SEEN)[:, None, None].astype(np.float32)
+    return table
+
+
+def row_in(row: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Rows of tokens; the first one for those that were never seen."""
+    return np.where(tokens < len(row), row[np.minimum(tokens, len(row) - 1)], 0)
 
 
 def least_squares(
-    network: dict[str, jax.Array], spec: Spec, log: ActivationLog, rows: np.ndarray, ridge: float, batch: int
+    network: dict[str, Any], row: np.ndarray, spec: Spec, log: ActivationLog, rows: np.ndarray, ridge: float, batch: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The direct part solved for: linear regression on the target layers' centred router logits.
+    """Where gradient descent starts: every correction of a layer is a regression of what an estimate still lacks.
 
-    Every place and horizon is a system of its own, of 2 D + 2 E + 1 unknowns per expert: the residual, the gates, and
-    the residual and the experts that the last token had in the target layer. What it says of the residuals is then cut
-    to the network's rank, so that as little as possible is lost of the predicted logits.
+    Layers are solved one after the other, each on the estimates that those before it left: first what they say of the
+    next token's layers, then what they say of their own token's, last the echoes. So memory is that of the estimates of
+    some windows and of one system of D + E + 1 unknowns.
 
     Returns:
-      The network in whitened coordinates, and the basis: `white` [P, D, D] and `mean` [P, D] of x, for which
+      The network in whitened coordinates, and the basis: `white` [L, D, D] and `mean` [L, D] of x, for which
       (x - mean) @ white has unit covariance.
     """
-    D, E, H, P = spec.d_model, spec.num_experts, spec.horizon, spec.num_layers + 1
-    m = _all_moments(spec, log, rows[:: -(-len(rows) // MOST)], batch)
-    basis, colour = _whitening(m.own[:, :D, :D], m.own[:, :D, -1], m.own[:, -1, -1])
-    solved = {name: np.array(network[name]) for name in ("near", "far_in", "far_out", "gates", "previous", "bias")}
-    solved |= {name: np.array(network[name]) for name in ("echo_in", "echo_out")}
-    residual, echo = np.zeros((P, D, H, E)), np.zeros((P, H, D, E))
-    for place, h in np.ndindex(P, H):
-        target = place + h
-        square = np.block(
-            [[m.own[place], m.cross[h, place]], [m.cross[h, place].T, m.last[target]]],
-        )
-        right = np.concatenate([m.own_right[h, place], m.last_right[target]])
-        square += np.eye(len(square)) * max(ridge * np.trace(square) / len(square), 1e-6)
-        of_x, of_gates, bias, of_last, of_used = np.split(np.linalg.solve(square, right), np.cumsum([D, E, 1, D]))
-        own, layer = slice(h * E, (h + 1) * E), target % spec.num_layers + 1
-        solved["gates"][place][:, own], solved["previous"][place, h] = of_gates, of_used
-        # As much of the mean echo as belongs to the bias: the echo itself is zero for the mean.
-        solved["bias"][place, own] = bias[0] + basis["mean"][place] @ of_x + basis["mean"][layer] @ of_last
-        residual[place, :, h], echo[place, h] = colour[place] @ of_x, colour[layer] @ of_last
-    solved["near"][:] = residual[:, :, :NEAR].reshape(P, D, -1)
-    residual[:, :, :NEAR] = 0
-    rank = solved["far_in"].shape[-1]
-    for place in range(P):
-        solved["far_in"][place], solved["far_out"][place] = _factors(residual[place].reshape(D, -1), rank)
-    for layer in range(spec.num_layers):
-        readers = [(place, h) for place, h in np.ndindex(P, H) if (place + h) % spec.num_layers == layer]
-        left, right = _factors(np.concatenate([echo[reader] for reader in readers], axis=1), rank)
-        solved["echo_in"][layer + 1] = left
-        for number, (place, h) in enumerate(readers):
-            solved["echo_out"][place, h] = right[:, number * E : (number + 1) * E]
-    return network | {name: jnp.asarray(value, jnp.float32) for name, value in solved.items()}, basis
+    E, L, T = spec.num_experts, spec.num_layers, log.windows.tokens.shape[1]
+    table: dict[str, Any] = {name: np.array(value) for name, value in network.items()}
+    table["tokens"] = token_means(table["tokens"], row, log, rows, batch)
+    rows = rows[:: -(-len(rows) // min(WINDOWS, max(1, MOST // (T * L * E))))]
+    # Tokens that have both neighbours, so that all targets are known.
+    inside = (np.arange(T) > 0) & (np.arange(T) + 1 < log.windows.lengths[rows][:, None])
+    basis: dict[str, list[np.ndarray]] = {"white": [], "mean": []}
+    logits = lambda layer: np.asarray(centred(log.read(rows, layer, only=("logits",)).logits))
+
+    def inputs(layer):
+        """What a layer reads: for `READ`, for `NEWS` and of itself, [W, T, ...]."""
+        a = log.read(rows, layer)
+        x, gates, said = (np.asarray(z) for z in _seen(spec, a))
+        if len(basis["white"]) == layer:
+            for name, value in zip(basis, _whitening(x[inside]), strict=True):
+                basis[name].append(value)
+        x = (x - basis["mean"][layer]) @ basis["white"][layer]
+        beside = np.concatenate([gates, np.ones_like(gates[..., :1])], -1)
+        return np.concatenate([x, beside], -1), np.concatenate([said - base[:, :, layer], beside], -1), beside
+
+    this, after, guess = np.moveaxis(table["tokens"][row_in(row, log.windows.tokens[rows])], 2, 0)
+    base, estimate = this + _before(after), guess
+    (read, news), first = ahead_of(L), table["gates"].shape[-1] // E - 1
+    places = [(first, L), *enumerate((*read, *news))]
+    for wraps in (True, False):
+        for layer in range(L):
+            of_x, of_news, beside = inputs(layer)
+            for place, h in places:
+                if (layer + h >= L) != wraps:
+                    continue
+                target, reads = (layer + h) % L, place < len(read)
+                see = of_x if reads else of_news if place < first else beside
+                old, wanted = estimate[:, :, target], logits(target)
+                keep, solved = _solve(see[inside], (_after(wanted) if wraps else wanted)[inside], old[inside], ridge)
+                estimate[:, :, target] = old * keep + see @ solved
+                if place < first:
+                    name, at = ("read", place) if reads else ("mix", place - len(read))
+                    table[name][layer, :, at * E : at * E + E] = solved[: -1 - E]
+                table["gates"][layer, :, place * E : place * E + E] = solved[-1 - E : -1]
+                table["bias"][layer, place * E : place * E + E] = solved[-1]
+                if place < first:
+                    table["keep"][layer, place] = keep
+                else:  # all that was there before is the guess
+                    table["tokens"][:, 2, layer] *= keep
+        if wraps:
+            left, estimate = estimate, base.copy()
+            for layer in range(L):
+                lacks, has = logits(layer) - base[:, :, layer], _before(left[:, :, layer])
+                keep = (has * lacks)[inside].sum(0) / np.maximum((has * has)[inside].sum(0), 1e-9)
+                table["begin_keep"][layer] = keep
+                estimate[:, :, layer] += keep * has
+    for layer in range(L):
+        said = inputs(layer)[0][..., : spec.d_model] @ table["read"][layer, :, :E]
+        # The last token of what the last layer says of the next token's layer 0 is this one.
+        lacks = logits(layer) - estimate[:, :, layer] if layer else _after(logits(0)) - left[:, :, 0]
+        said = _before(said) if layer else said
+        table["echo"][layer] = _solve(said[inside], lacks[inside], np.zeros_like(lacks)[inside], ridge)[1]
+    return {name: jnp.asarray(value) for name, value in table.items()}, {n: np.stack(z) for n, z in basis.items()}
 
 
-def _factors(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best product of two matrices of this rank, of columns and rows of like size; zeros fill up a lower one."""
-    left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    root, missing = np.sqrt(values[:rank]), max(rank - len(values), 0)
-    return np.pad(left[:, :rank] * root, ((0, 0), (0, missing))), np.pad(
-        root[:, None] * right[:rank], ((0, missing), (0, 0))
-    )
+def _solve(see: np.ndarray, wanted: np.ndarray, old: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """The best `wanted` = `old` * keep + `see` @ solved, keep [E]: all of them [rows, ...]."""
+    square = (see.T @ see).astype(np.float64)
+    square += np.eye(len(square)) * (ridge * np.trace(square) / len(square) + 1e-9)
+    right = (see.T @ np.concatenate([wanted, old], -1)).astype(np.float64)
+    of_wanted, of_old = np.split(np.linalg.solve(square, right), 2, axis=-1)
+    right_old = right[:, old.shape[-1] :]
+    apart = (old * old).sum(0) - (of_old * right_old).sum(0)  # what is left of `old` beside `see`
+    common = (old * wanted).sum(0) - (of_wanted * right_old).sum(0)
+    keep = np.where(apart > 1e-6 * len(see), common / np.maximum(apart, 1e-9), 0.0)
+    return keep.astype(np.float32), (of_wanted - keep * of_old).astype(np.float32)
 
 
-def _whitening(
-    products: np.ndarray, sums: np.ndarray, counts: np.ndarray
-) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """The basis out of every place's sums over tokens, and the inverse of `white`."""
-    whites, colours, means = [], [], []
-    for square, total, count in zip(products, sums, np.maximum(counts, 1.0), strict=True):
-        mean = total / count
-        values, vectors = np.linalg.eigh(square / count - np.outer(mean, mean))
-        values = np.maximum(values, 1e-4 * values.mean() + 1e-12)  # directions that never vary stay as they are
-        whites.append((vectors / np.sqrt(values)) @ vectors.T)
-        colours.append((vectors * np.sqrt(values)) @ vectors.T)
-        means.append(mean)
-    return {"white": np.stack(whites).astype(np.float32), "mean": np.stack(means).astype(np.float32)}, colours
-
-
-class Moments(NamedTuple):
-    """Sums over tokens of products of what is read: `own` is x, gates and 1 at a place, `last` x and the used experts
-    of the last token in a target layer. Q = L + H targets: layers of this token, then of the next one."""
-
-    own: Any  # [P, D + E + 1, D + E + 1]
-    cross: Any  # [H, P, D + E + 1, D + E]
-    last: Any  # [Q, D + E, D + E]
-    own_right: Any  # [H, P, D + E + 1, E]: with the wanted logits
-    last_right: Any  # [Q, D + E, E]
-
-
-def _all_moments(spec: Spec, log: ActivationLog, rows: np.ndarray, batch: int) -> Moments:
-    total: Any = None
-    for start in range(0, len(rows), batch):
-        part = [np.asarray(x, np.float64) for x in _moments(spec, padded(log, rows[start:], batch))]
-        total = part if total is None else [x + y for x, y in zip(total, part, strict=True)]
-    return Moments(*total)
+def _whitening(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The basis of x [rows, D]."""
+    mean = x.mean(0)
+    values, vectors = np.linalg.eigh(np.cov(x.T, bias=True).astype(np.float64))
+    values = np.maximum(values, 1e-4 * values.mean() + 1e-12)  # directions that never vary stay as they are
+    return ((vectors / np.sqrt(values)) @ vectors.T).astype(np.float32), mean
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moments(spec: Spec, a: Activations) -> Moments:
-    H, P = spec.horizon, spec.num_layers + 1
-    x, gates, _ = window_inputs(spec.norm_eps, a, 1)
-    logits = jnp.swapaxes(a.logits, 0, 1).astype(jnp.float32)
-    wanted = logits - logits.mean(-1, keepdims=True)
-    after = lambda z: jnp.pad(z, ((0, 0), (0, 0), (0, 1), (0, 0)))[:, :, 1:]
-    # Tokens that have both neighbours, so that a row counts for all places and horizons or for none.
-    token = jnp.arange(x.shape[2])
-    inside = ((token > 0) & (token + 1 < a.lengths[:, None])).astype(jnp.float32)[..., None]
-    rows = lambda z: (z * inside).reshape(len(z), -1, z.shape[-1])
-    left = jnp.concatenate([x[1:], jnp.swapaxes(used(a, spec), 0, 1)], axis=-1)
-    Q = spec.num_layers + H
-    own = rows(jnp.concatenate([x, gates, jnp.ones_like(x[..., :1])], axis=-1))
-    last, right = rows(jnp.concatenate([before(left), left])[:Q]), rows(jnp.concatenate([wanted, after(wanted)])[:Q])
-    product = lambda y, z: jnp.einsum("qri,qrj->qij", y, z)
-    ahead = range(H)
-    return Moments(
-        product(own, own),
-        jnp.stack([product(own, last[h : h + P]) for h in ahead]),
-        product(last, last),
-        jnp.stack([product(own, right[h : h + P]) for h in ahead]),
-        product(last, right),
-    )
+def _seen(spec: Spec, a: Activations) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalised residuals, gates of all experts and centred logits of one layer."""
+    gates = jax.nn.one_hot(a.ids.astype(jnp.int32), spec.num_experts) * a.gates.astype(jnp.float32)[..., None]
+    return normalise(a.residual, spec.norm_eps), gates.sum(-2), centred(a.logits)
+
+
+def _before(this: np.ndarray) -> np.ndarray:
+    """[W, T, ...] of the token before, zero for a window's first."""
+    return np.concatenate([np.zeros_like(this[:, :1]), this[:, :-1]], axis=1)
+
+
+def _after(this: np.ndarray) -> np.ndarray:
+    """[W, T, ...] of the token after, zero for a window's last."""
+    return np.concatenate([this[:, 1:], np.zeros_like(this[:, :1])], axis=1)
 
 
 def unwhiten(network: dict[str, jax.Array], basis: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The same network for inputs as they are: the tables that read x, times the whitening matrix."""
-    white, mean = basis["white"], basis["mean"][:, None]
-    turned = {name: white @ network[name] for name in ("near", "far_in", "echo_in", "hidden_in")}
-    expert_in = jnp.einsum("pdf,pefm->pedm", white, network["expert_in"])
-    bias = network["bias"] - (mean @ turned["far_in"] @ network["far_out"])[:, 0]
-    near = (mean @ turned["near"])[:, 0]
-    return (
-        network
-        | turned
-        | {
-            "expert_in": expert_in,
-            "bias": bias.at[:, : near.shape[-1]].add(-near),
-            # Zero for the mean, so that an echo that is unknown says nothing.
-            "echo_bias": network["echo_bias"] - (mean @ turned["echo_in"])[:, 0],
-            "hidden_bias": network["hidden_bias"] - (mean @ turned["hidden_in"])[:, 0],
-            "expert_bias": network["expert_bias"] - jnp.einsum("pd,pedm->pem", mean[:, 0], expert_in),
-        }
-    )
+    white, mean = basis["white"], basis["mean"]
+    read = white @ network["read"]
+    expert_in = jnp.einsum("lcd,ledm->lecm", white, network["expert_in"])
+    return network | {
+        "read": read,
+        "centre": network["centre"] - jnp.einsum("ld,ldr->lr", mean, read),
+        "expert_in": expert_in,
+        "expert_bias": network["expert_bias"] - jnp.einsum("ld,ledm->lem", mean, expert_in),
+    }
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="steps")
-def calibrate(spec: Spec, network: dict[str, Any], basis: Any, a: Activations, steps: int = 60) -> dict[str, Any]:
-    """Scale and shift of every layer and horizon, fitted to a few windows: what fits logits leaves them too flat."""
+def calibrate(
+    spec: Spec, network: dict[str, Any], basis: Any, row: jax.Array, a: Activations, steps: int = 60
+) -> dict[str, Any]:
+    """Scale and shift of every place and horizon, fitted to a few windows: what fits logits leaves them too flat."""
     plain = network | {"scale": jnp.ones_like(network["scale"]), "shift": jnp.zeros_like(network["shift"])}
-    inputs = window_inputs(spec.norm_eps, a, spec.horizon)
-    _, margins = Learned().score_windows(unwhiten(plain, basis), inputs, spec.top_k)
+    _, margins = score_windows(unwhiten(plain, basis), window_inputs(spec.norm_eps, a, row), spec.top_k)
     wanted, known = window_targets(used(a, spec), a.lengths, spec.horizon)
     adam = optax.adam(0.1)
 
     def objective(affine):
-        scores = margins * affine["scale"][:, None] + affine["shift"][:, None]
-        # A sum over layers and horizons: each has its own two numbers.
+        scores = margins * affine["scale"][:, None, :, None] + affine["shift"][:, None, :, None]
+        # A sum over places and horizons: each has its own two numbers.
         return (optax.sigmoid_binary_cross_entropy(scores, wanted).mean(-1) * known).mean(1).sum()
 
     def step(_, carry):

@@ -25,11 +25,11 @@ from absl import logging
 
 from moe_jax.errors import UserError
 from moe_jax.prediction.activation_log import ActivationLog, Activations
-from moe_jax.prediction.closed_form import calibrate, least_squares, padded, unwhiten, used
+from moe_jax.prediction.closed_form import calibrate, least_squares, padded, rows_of, unwhiten, used
 from moe_jax.prediction.interface import ModelParts, Spec
-from moe_jax.prediction.learned import Learned, window_inputs, window_targets
+from moe_jax.prediction.learned import Learned, params_of, score_windows, window_inputs, window_targets
 
-DIRECT = ("near", "far_in", "far_out", "gates", "previous", "echo_in", "echo_out")  # what the closed form gives
+HIDDEN = ("expert_in", "expert_bias", "expert_out")  # what the closed form leaves to be found
 Schedule = tuple[int, float, float]
 """Steps, and the peak learning rates of the hidden layer and of the direct part."""
 
@@ -39,8 +39,8 @@ class FitConfig:
     """How a predictor is fitted; `configs/predictor.py` says what the values cost.
 
     Attributes:
-      hidden: width of the hidden layer that every token uses.
-      expert_hidden: width of every expert's own.
+      expert_hidden: width of every expert's hidden layer.
+      tokens: rows of the tables of tokens, at most: the most frequent ones have their own.
       steps: gradient steps; 0 keeps the closed form.
       batch_windows: windows per step.
       learning_rate: peak rate of the hidden layers; the direct part, already solved for, gets `direct_rate` of it.
@@ -50,8 +50,8 @@ class FitConfig:
       patience: looks without a better recall after which training stops.
     """
 
-    hidden: int
     expert_hidden: int
+    tokens: int
     steps: int
     batch_windows: int
     learning_rate: float
@@ -64,8 +64,8 @@ class FitConfig:
 
     def __post_init__(self):
         least = {
-            "hidden": 1,
             "expert_hidden": 1,
+            "tokens": 1,
             "steps": 0,
             "batch_windows": 1,
             "learning_rate": 0,
@@ -105,8 +105,9 @@ def fit(
       UserError: the directory belongs to another run.
     """
     train, held_out = np.arange(len(log.windows.tokens)), np.arange(len(validation.windows.tokens))
-    network = Learned(c.hidden, c.expert_hidden).init(jax.random.key(c.seed), spec, parts)["network"]
-    state = _start(c, spec, network)
+    row = rows_of(log, c.tokens)
+    network = Learned(c.expert_hidden, int(row.max())).init(jax.random.key(c.seed), spec, parts)["network"]
+    state = _start(c, spec, {name: table for name, table in network.items() if name != "row"}, row)
     directory = Path(directory).absolute()
     run: dict[str, Any] = {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec)}
     run |= {"train": log.identity(), "validation": validation.identity()}
@@ -130,8 +131,8 @@ def fit(
             logging.info("resumed the fit from step %d of %d", latest, c.steps)
         else:
             began = time.time()
-            solved, basis = least_squares(network, spec, log, train, c.ridge, c.batch_windows)
-            state |= {"network": calibrate(spec, solved, basis, few), "basis": basis}
+            solved, basis = least_squares(state["network"], row, spec, log, train, c.ridge, c.batch_windows)
+            state |= {"network": calibrate(spec, solved, basis, row, few), "basis": basis}
             logging.info("least squares took %.1f s", time.time() - began)
             state = look(state, 0)
             manager.save(0, args=ocp.args.StandardSave(state))
@@ -147,18 +148,19 @@ def fit(
                 manager.save(done, args=ocp.args.StandardSave(state), force=True)
     best = state["best"]
     # Scale and shift follow slowly while the logits under them improve.
-    network = calibrate(spec, best["network"], state["basis"], few)
-    params = {"network": jax.jit(unwhiten)(network, state["basis"]), "eps": jnp.float32(spec.norm_eps)}
-    return params, {name: float(best[name]) for name in ("recall", "loss", "step")}
+    network = calibrate(spec, best["network"], state["basis"], row, few)
+    network = jax.jit(unwhiten)(network, state["basis"]) | {"row": jnp.asarray(row)}
+    return params_of(network, spec), {name: float(best[name]) for name in ("recall", "loss", "step")}
 
 
-def _start(c: FitConfig, spec: Spec, network: dict[str, Any]) -> dict[str, Any]:
+def _start(c: FitConfig, spec: Spec, network: dict[str, Any], row: np.ndarray) -> dict[str, Any]:
     """Everything that a run carries from step to step, and checkpoints; `network` is in the whitened basis."""
-    D, P = spec.d_model, spec.num_layers + 1
+    D, L = spec.d_model, spec.num_layers
     return {
         "step": np.array(0, np.int32),
         "network": network,
-        "basis": {"white": np.zeros((P, D, D), np.float32), "mean": np.zeros((P, D), np.float32)},
+        "row": row,
+        "basis": {"white": np.zeros((L, D, D), np.float32), "mean": np.zeros((L, D), np.float32)},
         "optimizer": _optimizer(c.schedule()).init(network),
         "best": _best(-1.0, 0.0, 0, network),
     }
@@ -172,11 +174,10 @@ def _best(recall: float, loss: float, step: int, network: dict[str, Any]) -> dic
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _update(schedule: Schedule, spec: Spec, state: dict[str, Any], a: Activations) -> tuple[dict[str, Any], jax.Array]:
     """One gradient step; the new state and the loss before it."""
-    inputs = window_inputs(spec.norm_eps, a, spec.horizon)
-    wanted = _wanted(spec, a)
+    inputs, wanted = window_inputs(spec.norm_eps, a, state["row"]), _wanted(spec, a)
 
     def objective(network):
-        logits, margins = Learned().score_windows(unwhiten(network, state["basis"]), inputs, spec.top_k)
+        logits, margins = score_windows(unwhiten(network, state["basis"]), inputs, spec.top_k)
         return (_losses(wanted, logits, margins).mean(-1) * wanted.known).sum() / jnp.maximum(wanted.known.sum(), 1)
 
     loss, gradient = jax.value_and_grad(objective)(state["network"])
@@ -215,8 +216,8 @@ def _losses(wanted: Wanted, logits: jax.Array, margins: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(spec: Spec, state: dict[str, Any], a: Activations) -> jax.Array:
     """Of all known targets of some windows: their number, their recall and their loss, float32 [3]."""
-    inputs, wanted = window_inputs(spec.norm_eps, a, spec.horizon), _wanted(spec, a)
-    logits, margins = Learned().score_windows(unwhiten(state["network"], state["basis"]), inputs, spec.top_k)
+    inputs, wanted = window_inputs(spec.norm_eps, a, state["row"]), _wanted(spec, a)
+    logits, margins = score_windows(unwhiten(state["network"], state["basis"]), inputs, spec.top_k)
     ranked = jax.lax.top_k(margins, spec.top_k)[1]
     recall = jnp.take_along_axis(wanted.members, ranked, axis=-1).sum(-1) / spec.top_k * wanted.known
     losses = _losses(wanted, logits, margins).mean(-1) * wanted.known
@@ -231,7 +232,7 @@ def _optimizer(schedule: Schedule) -> optax.GradientTransformation:
         return optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1)), b2=0.98)
 
     kinds: Any = {"hidden": adam(hidden_rate), "direct": adam(direct_rate)}
-    label = lambda network: {n: "direct" if n in DIRECT else "hidden" for n in network}
+    label = lambda network: {n: "hidden" if n in HIDDEN else "direct" for n in network}
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(kinds, label))
 
 

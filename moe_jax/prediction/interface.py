@@ -149,9 +149,9 @@ class Predictor(Protocol):
     name: str
 
     @property
-    def begin(self) -> Callable[[Any, Any, jax.Array], tuple[Prediction, Any]] | None:
-        """`begin(params, state, embedding [B, D])`, called before layer 0 of every decode step with the embedding of
-        the token that enters: the prediction for layers 0..H-1 and the new memory.
+    def begin(self) -> Callable[[Any, Any, jax.Array, jax.Array], tuple[Prediction, Any]] | None:
+        """`begin(params, state, embedding [B, D], tokens int32 [B])`, called before layer 0 of every decode step with
+        the token that enters and its embedding: the prediction for layers 0..H-1 and the new memory.
 
         It is the only prediction for layer 0 that knows the token. None: what the last layer predicted has to do.
         """

@@ -1,101 +1,158 @@
-"""The learned predictor: a small network per place, whose tables all places share one executable for.
+"""The learned predictor: a running estimate of every layer's router logits, which tables start and each layer corrects.
 
-Place 0 is the token's embedding, before layer 0; place l + 1 is layer l, after its router. A place's network reads the
-normalised residual (or embedding), the chosen experts with their gates, the experts that the last token used in the
-target layers, and the *echo* of the target layers: a few numbers that each of them, when the last token passed it, left
-for the next one. Attention makes much of the last token, so that this is worth more than all else but the residual.
+When a token enters, rows of tables, its own and the last token's, give a first estimate for all layers (`begin`): which
+experts a token takes depends mostly on what the token is, and a table can be looked up without a multiplication. Every
+layer then corrects the estimates of a few layers ahead: through the residual those of `READ`, of full rank, and through
+what its own router said that the tables had not expected those of `NEWS`. A target is so refined several times before
+it is reached, and what a layer has read serves all that come between.
 
-What the chosen experts are about to add to the residual is what a look-ahead lacks most: a regression that is told it
-finds 2 to 6 points more of the next layer's experts. So every expert has a small hidden layer of its own, and only
-those of the K chosen ones are computed.
+What attention will make of the last token in a layer is its *echo*, a part of what that token left there. What
+the chosen experts are about to add is looked up in tables, but that for the next layer each of them has a small hidden
+layer of its own. For the next token's layers, as long as it is not known, there is a table of what follows a token.
 
-The direct part (full matrices for the next two layers, one of low rank for all of them, and the echo) is solved for
-(`closed_form.py`); the hidden layers correct it. A table per place costs no more compute than a shared trunk of the
-same width, and little memory while the network is small.
+Estimates stand in the order in which their layers are reached, so that nothing is looked up by layer, and a call reads
+the tables of one layer alone (`at`).
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from moe_jax.model.architecture import Routing
 from moe_jax.prediction.activation_log import Activations
-from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Spec, last_ids, targets
+from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Rule, Spec
 
-NEAR = 2  # horizons with a direct part of full rank: the nearer a target, the more directions tell its experts apart
-
-
-def rank(spec: Spec) -> int:
-    """Rank of the direct part for all horizons and width of the echo: no less than what a small model needs, and for
-    large ones what keeps the network under 3% of their multiply-adds."""
-    return min(spec.d_model, max(48, spec.d_model // 16))
+READ = (1, 3)
+"""Layers ahead for which a layer reads the residual, through as many directions as there are experts."""
+NEWS = (2, 4)
+"""Further ones, which are corrected by what the router's logits say."""
+BY_LAYER = ("read", "centre", "mix", "gates", "bias", "keep", "echo", "expert_in", "expert_bias", "expert_out")
 
 
-class Network(nnx.Module):
-    """The network of one place. Weights are `[in, out]`; the last axis of an output is (horizon, expert), flattened."""
+def ahead_of(num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Those of `READ` and of `NEWS` that a model has."""
+    return tuple(h for h in READ if h <= num_layers), tuple(h for h in NEWS if h <= num_layers)
 
-    def __init__(self, spec: Spec, hidden: int, expert_hidden: int, *, rngs: nnx.Rngs):
-        D, E, H, r = spec.d_model, spec.num_experts, spec.horizon, rank(spec)
-        zeros = lambda *shape: nnx.Param(jnp.zeros(shape))
-        normal = lambda *shape: nnx.Param(jax.random.normal(rngs.params(), shape) / math.sqrt(D))
-        self.near = zeros(D, min(NEAR, H) * E)  # the next layers only
-        self.far_in, self.far_out = zeros(D, r), zeros(r, H * E)
-        self.gates = zeros(E, H * E)
-        self.previous = zeros(H, E, E)  # a target layer's last experts speak for that layer only
-        self.echo_in, self.echo_bias = zeros(D, r), zeros(r)  # what this layer leaves
-        self.echo_out = zeros(H, r, E)  # what it makes of what the target layers left
-        self.bias = zeros(H * E)
-        self.hidden_in, self.hidden_bias = normal(D, hidden), zeros(hidden)
-        self.hidden_out = zeros(hidden, H * E)
-        self.expert_in, self.expert_bias = normal(E, D, expert_hidden), zeros(E, expert_hidden)
-        self.expert_out = zeros(E, expert_hidden, H * E)
-        self.scale, self.shift = nnx.Param(jnp.ones((H, 1))), zeros(H, 1)
 
-    def leave(self, x: jax.Array) -> jax.Array:
-        """The echo of this layer, [..., rank] of x [..., D]."""
-        return x @ self.echo_in[...] + self.echo_bias[...]
+class Learned:
+    """State: float32 [B, 5, L, E]. Of the layers ahead, the one that is reached next first: estimates of their router
+    logits, their echoes, what the tables said of them, what they say of them at the next token, and what they will add
+    to that. All zero, which is about their mean, while nothing is known: after a prompt.
 
-    def of_chosen(self, x: jax.Array, ids: Array, gates: Array) -> jax.Array:
-        """What the chosen experts say, [R, H * E]: x [R, D], ids [R, K] (-1: none), gates [R, K] (0 where none)."""
-        inner = jnp.einsum("rd,rkdm->rkm", x, self.expert_in[...][ids]) + self.expert_bias[...][ids]
-        out = jnp.einsum("rkm,rkmo->rko", jax.nn.gelu(inner), self.expert_out[...][ids]) + self.gates[...][ids]
-        return jnp.einsum("rko,rk->ro", out, gates)
+    Args:
+      expert_hidden: width of every expert's hidden layer.
+      tokens: tokens that have rows of their own; all others share the first row.
+    """
 
-    def of_all(self, x: jax.Array, gates: jax.Array) -> jax.Array:
-        """The same for gates [R, E] that are 0 for all but the chosen experts: many rows share the tables."""
-        inner = jnp.einsum("rd,edm->rem", x, self.expert_in[...]) + self.expert_bias[...]
-        inner = jax.nn.gelu(inner) * gates[..., None]
-        return jnp.einsum("rem,emo->ro", inner, self.expert_out[...]) + gates @ self.gates[...]
+    name = "learned"
 
-    def __call__(self, x: jax.Array, of_experts: jax.Array, previous: jax.Array, echo: jax.Array) -> jax.Array:
-        """Estimates of the target layers' router logits.
+    def __init__(self, expert_hidden: int = 1, tokens: int = 1):
+        self.expert_hidden, self.tokens = expert_hidden, tokens
 
-        Args:
-          x: normalised residual, float32 [R, D].
-          of_experts: what `of_chosen` or `of_all` says, [R, H * E].
-          previous: what the last token's experts in the target layers say, [R, H, E]: sums of rows of their tables.
-          echo: what the target layers left, [R, H, rank].
+    def init(self, rng: jax.Array, spec: Spec, parts: ModelParts) -> Any:
+        """Untrained parameters, which say nothing.
 
-        Returns:
-          Float32 [R, H, E].
+        Corrections stand in the order `READ`, `NEWS`; last comes the estimate for this layer at the next token.
         """
-        far = x @ self.far_in[...] @ self.far_out[...]
-        hidden = jax.nn.gelu(x @ self.hidden_in[...] + self.hidden_bias[...]) @ self.hidden_out[...]
-        out = (far + hidden + of_experts + self.bias[...]).reshape(previous.shape)
-        near = (x @ self.near[...]).reshape(len(x), -1, out.shape[-1])
-        out = out.at[:, : near.shape[1]].add(near)
-        return out + previous + jnp.einsum("rhk,hke->rhe", echo, self.echo_out[...])
+        D, E, L, m, zeros = spec.d_model, spec.num_experts, spec.num_layers, self.expert_hidden, jnp.zeros
+        R, N = map(len, ahead_of(L))
+        network = {
+            "row": zeros(1, jnp.int32),  # of every token; 0 for those beyond its end
+            "tokens": zeros((1 + self.tokens, 3, L, E)),  # for this token, the next one, and the next one unknown
+            "begin_keep": zeros((L, E)),  # how much of the estimate that the last token left is kept
+            "read": zeros((L, D, R * E)),
+            "centre": zeros((L, R * E)),  # makes what is read zero for the mean
+            "mix": zeros((L, E, N * E)),
+            "gates": zeros((L, E, (R + N + 1) * E)),  # rows of the chosen experts
+            "bias": zeros((L, (R + N + 1) * E)),
+            "keep": jnp.ones((L, R + N, E)),  # how much of an estimate is kept when it is corrected
+            "echo": zeros((L, E, E)),  # of what is read for the next layer
+            "expert_in": jax.random.normal(rng, (L, E, D, m)) / np.sqrt(D),
+            "expert_bias": zeros((L, E, m)),
+            "expert_out": zeros((L, E, m, E)),
+            "scale": jnp.ones((L + 1, spec.horizon)),  # place 0 is before layer 0, place l + 1 is layer l
+            "shift": zeros((L + 1, spec.horizon)),
+        }
+        return params_of(network, spec)
 
-    def margins(self, logits: jax.Array, top_k: int) -> jax.Array:
-        """Logits of membership in the true top K out of estimated router logits [..., H, E]."""
-        # Membership depends on how far a logit lies above or below the boundary between the K-th and the next one.
-        return (logits - jax.lax.stop_gradient(boundary(logits, top_k))) * self.scale[...] + self.shift[...]
+    def init_state(self, spec: Spec, batch: int) -> Any:
+        return jnp.zeros((batch, 5, spec.num_layers, spec.num_experts))
+
+    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
+        return self.init_state(spec, ids.shape[1])
+
+    def at(self, params: Any, layer: Any) -> Any:
+        """The part of the parameters that `apply` reads at layer int or int32 []; `apply` takes it in their stead."""
+        network = params["network"]
+        here = {name: network[name][layer] for name in BY_LAYER}
+        here |= {name: network[name][layer + 1] for name in ("scale", "shift")}
+        return params | {"network": here}
+
+    def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
+        if params["network"]["bias"].ndim == 2:
+            params = self.at(params, features.layer)
+        own, (*_, base, guess, after) = params["network"], jnp.unstack(state, axis=1)
+        gates, ids = features.gates, features.ids
+        x = normalise(features.residual, params["eps"])
+        read = x @ own["read"] + own["centre"]
+        news = (centred(features.logits) - base[:, 0]) @ own["mix"]
+        of_gates = jnp.einsum("bk,bko->bo", gates, own["gates"][ids])
+        inner = jnp.einsum("bd,bkdm->bkm", x, own["expert_in"][ids]) + own["expert_bias"][ids]
+        of_experts = jnp.einsum("bk,bkm,bkme->be", gates, jax.nn.gelu(inner), own["expert_out"][ids])
+        said = jnp.concatenate([read, news, jnp.zeros_like(base[:, 0])], axis=-1) + of_gates + own["bias"]
+        *corrections, first = jnp.split(said, said.shape[-1] // state.shape[-1], axis=-1)
+        # This layer's own are used up, and make room for those of the next token.
+        left = [first + guess[:, 0], read[:, : state.shape[-1]] @ own["echo"], base[:, 0], guess[:, 0], after[:, 0]]
+        state = jnp.concatenate([state[:, :, 1:], jnp.stack(left, axis=1)[:, :, None]], axis=2)
+        ahead = correct(state[:, 0], corrections, own["keep"], state[:, 1, 0] + of_experts)
+        return _prediction(params, own, ahead), state.at[:, 0].set(ahead)
+
+    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: jax.Array) -> tuple[Prediction, Any]:
+        network = params["network"]
+        row = network["row"].at[tokens].get(mode="fill", fill_value=0)
+        this, after, guess = jnp.unstack(network["tokens"][row], axis=1)
+        left, echoes, *_, of_last = jnp.unstack(state, axis=1)
+        base = this + of_last
+        ahead = base + left * network["begin_keep"]
+        own = {name: network[name][0] for name in ("scale", "shift")}
+        return _prediction(params, own, ahead), jnp.stack([ahead, echoes, base, guess, after], axis=1)
+
+    def multiply_adds(self, spec: Spec) -> int:
+        """Multiply-adds for one token, of all layers and `begin`; tables are looked up, not multiplied."""
+        D, E, L, m, H = spec.d_model, spec.num_experts, spec.num_layers, self.expert_hidden, spec.horizon
+        R, N = map(len, ahead_of(L))
+        of_experts = spec.top_k * (m * (D + E) + (R + N + 1) * E)
+        layer = D * R * E + (N + 1) * E * E + of_experts + (R + N) * E + H * E
+        return L * layer + L * E + H * E
+
+
+def params_of(network: dict[str, jax.Array], spec: Spec) -> Any:
+    """Parameters of trained tables."""
+    return {"network": network, "eps": jnp.float32(spec.norm_eps), "rule": Rule(spec.routing)}
+
+
+def correct(ahead: jax.Array, corrections: list, keep: jax.Array, besides: jax.Array) -> jax.Array:
+    """Corrects estimates of the layers ahead, [..., L, E]; the next one's by `besides` too. `keep` [R + N, E]."""
+    read, news = ahead_of(ahead.shape[-2])
+    for h, correction, kept in zip((*read, *news), corrections, keep, strict=True):
+        more = correction + besides if h == 1 else correction
+        ahead = ahead.at[..., h - 1, :].set(ahead[..., h - 1, :] * kept + more)
+    return ahead
+
+
+def _prediction(params: Any, own: Any, ahead: jax.Array) -> Prediction:
+    logits = ahead[:, : len(own["scale"])]  # [B, H, E]
+    return Prediction(jax.nn.sigmoid(margins(own, logits, params["rule"].routing.top_k)), logits)
+
+
+def margins(own: Any, logits: jax.Array, top_k: int) -> jax.Array:
+    """Logits of membership in the true top K out of estimated router logits [..., H, E]."""
+    # Membership depends on how far a logit lies above or below the boundary between the K-th and the next one.
+    above = logits - jax.lax.stop_gradient(boundary(logits, top_k))
+    return above * own["scale"][..., None] + own["shift"][..., None]
 
 
 def boundary(logits: jax.Array, top_k: int) -> jax.Array:
@@ -112,115 +169,76 @@ def boundary(logits: jax.Array, top_k: int) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), (largest + following) / 2, logits.min(-1, keepdims=True))
 
 
-def _graph() -> Any:
-    # The structure has no sizes in it, so that of the smallest network serves all.
-    tiny = Spec(num_layers=1, num_experts=1, d_model=1, norm_eps=0.0, horizon=1, routing=Routing(top_k=1))
-    return nnx.graphdef(nnx.eval_shape(lambda: Network(tiny, 1, 1, rngs=nnx.Rngs(0))))
-
-
-class Learned:
-    """The predictor around the network. State: of every layer, the experts that the last token used, int32 [B, L, K],
-    and what it left, float32 [B, L, rank] (zero while unknown: after a prompt)."""
-
-    name = "learned"
-
-    def __init__(self, hidden: int = 16, expert_hidden: int = 8):
-        """Widths of the hidden layer that every token uses and of every expert's own, of what `init` makes."""
-        self.hidden, self.expert_hidden = hidden, expert_hidden
-        self._graph = _graph()
-
-    def init(self, rng: jax.Array, spec: Spec, parts: ModelParts) -> Any:
-        """Untrained parameters, which say nothing. `network` holds tables stacked over L + 1 places."""
-        make = lambda key: nnx.to_pure_dict(
-            nnx.split(Network(spec, self.hidden, self.expert_hidden, rngs=nnx.Rngs(params=key)))[1]
-        )
-        network = jax.vmap(make)(jax.random.split(rng, spec.num_layers + 1))
-        return {"network": network, "eps": jnp.float32(spec.norm_eps)}
-
-    def init_state(self, spec: Spec, batch: int) -> Any:
-        return self.prime(spec, np.full((spec.num_layers, batch, 1, spec.top_k), -1))
-
-    def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
-        echo = jnp.zeros((ids.shape[1], spec.num_layers, rank(spec)))
-        return {"last": jnp.asarray(last_ids(ids)), "echo": echo}
-
-    def at(self, params: Any, layer: Any) -> Any:
-        """The parameters of one layer's place, layer int or int32 [] from -1; `apply` takes them too."""
-        return params | {"network": jax.tree.map(lambda table: table[layer + 1], params["network"])}
-
-    def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
-        if params["network"]["bias"].ndim > 1:  # of all places
-            params = self.at(params, features.layer)
-        network = nnx.merge(self._graph, params["network"])
-        x = normalise(features.residual, params["eps"])
-        state = {
-            "last": state["last"].at[:, features.layer].set(features.ids),
-            "echo": state["echo"].at[:, features.layer].set(network.leave(x)),
-        }
-        of_experts = network.of_chosen(x, features.ids, features.gates)
-        return self._predict(network, state, features.layer, x, of_experts), state
-
-    def begin(self, params: Any, state: Any, embedding: jax.Array) -> tuple[Prediction, Any]:
-        network, x = nnx.merge(self._graph, self.at(params, -1)["network"]), normalise(embedding, params["eps"])
-        return self._predict(network, state, -1, x, jnp.zeros((len(x), network.bias.shape[0]))), state
-
-    def _predict(self, network: Network, state: Any, layer: Any, x: jax.Array, of_experts: jax.Array) -> Prediction:
-        H, (_, L, K) = network.scale.shape[0], state["last"].shape
-        ahead = targets(jnp.arange(1, H + 1, dtype=jnp.int32), layer, L)
-        last = state["last"][:, ahead]  # [B, H, K]
-        rows = network.previous[...][jnp.arange(H)[:, None], last]  # [B, H, K, E]
-        previous = (rows * (last >= 0)[..., None]).sum(-2)
-        logits = network(x, of_experts, previous, state["echo"][:, ahead])
-        return Prediction(jax.nn.sigmoid(network.margins(logits, K)), logits)
-
-    def multiply_adds(self, spec: Spec) -> int:
-        """Multiply-adds of one place's call for one token; tables of experts are looked up, not multiplied."""
-        D, E, K, out = spec.d_model, spec.num_experts, spec.top_k, spec.horizon * spec.num_experts
-        through = 2 * rank(spec) + self.hidden + K * self.expert_hidden  # numbers between x and the outputs
-        return D * min(NEAR, spec.horizon) * E + through * (D + out) + 2 * K * out
-
-    def score_windows(self, network: Any, inputs: Inputs, top_k: int) -> tuple[jax.Array, jax.Array]:
-        """Estimated router logits and logits of membership for whole windows, [P, W * T, H, E] each, as `apply` and
-        `begin` give them."""
-        P, W, T, D = inputs.x.shape
-        merge = lambda tables: nnx.merge(self._graph, tables)
-        left = jax.vmap(lambda tables, x: merge(tables).leave(x))(network, inputs.x)[1:]  # [L, W, T, rank]
-        echo = ahead(before(left), left, inputs.previous.shape[3])
-        rows = lambda z: z.reshape(P, W * T, *z.shape[3:])
-
-        def call(tables, x, gates, used, echo):
-            place = merge(tables)
-            previous = jnp.einsum("rhe,hef->rhf", used, place.previous[...])
-            logits = place(x, place.of_all(x, gates), previous, echo)
-            return logits, place.margins(logits, top_k)
-
-        return jax.vmap(call)(network, rows(inputs.x), rows(inputs.gates), rows(inputs.previous), rows(echo))
-
-
 def normalise(residual: Array, eps: Any) -> jax.Array:
     """RMS norm without a weight, float32."""
     x = jnp.asarray(residual, jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
+def centred(logits: Array) -> jax.Array:
+    """Without their mean over experts, which no choice depends on, float32."""
+    logits = jnp.asarray(logits, jnp.float32)
+    return logits - logits.mean(-1, keepdims=True)
+
+
+# ---- whole windows ---------------------------------------------------------------------------------------------
+
+
 class Inputs(NamedTuple):
-    """What the network reads of windows of a log, by place P = L + 1, float32."""
+    """What the network reads of windows of a log."""
 
-    x: jax.Array  # [P, W, T, D] normalised residuals
-    gates: jax.Array  # [P, W, T, E]
-    previous: jax.Array  # [P, W, T, H, E] multi-hot experts of the last token in the target layers, or none
+    rows: Any  # int32 [W, T] of `tokens`
+    x: jax.Array  # float32 [L, W, T, D] normalised residuals
+    logits: jax.Array  # float32 [L, W, T, E], centred
+    gates: jax.Array  # float32 [L, W, T, E], 0 for those not chosen
 
 
-def window_inputs(eps: Any, a: Activations, horizon: int) -> Inputs:
-    """The network's inputs; a window's first token knows no last one."""
-    E = a.logits.shape[-1]
-    by_layer = lambda x: jnp.swapaxes(x, 0, 1)
-    one_hot = jax.nn.one_hot(by_layer(a.ids).astype(jnp.int32), E)
+def score_windows(network: Any, inputs: Inputs, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """What `begin` and `apply` say of whole windows, without going through them token by token.
+
+    Returns:
+      Estimated router logits and logits of membership, float32 [P, W * T, H, E], of all P = L + 1 places.
+    """
+    rows, x, logits, gates = inputs
+    L, W, T, E = gates.shape
+    this, after, guess = jnp.moveaxis(network["tokens"][rows], (2, 3), (0, 1))  # [L, W, T, E]
+    base = this + before(after)
+    by_layer = lambda table: table[:, None, None]
+    read = jnp.einsum("lwtd,ldr->lwtr", x, network["read"]) + by_layer(network["centre"])
+    news = jnp.einsum("lwte,leo->lwto", logits - base, network["mix"])
+    of_gates = jnp.einsum("lwte,leo->lwto", gates, network["gates"])
+    inner = jnp.einsum("lwtd,ledm->lwtem", x, network["expert_in"]) + by_layer(network["expert_bias"])
+    of_experts = jnp.einsum("lwte,lwtem,lemo->lwto", gates, jax.nn.gelu(inner), network["expert_out"])
+    said = jnp.concatenate([read, news, jnp.zeros_like(base)], axis=-1) + of_gates + by_layer(network["bias"])
+    said = said.reshape(L, W, T, -1, E)
+    echo = jnp.einsum("lwte,lef->lwtf", read[..., :E], network["echo"])
+    heard = jnp.concatenate([before(echo), echo[:1]])[1:]  # the last layer's next one is of the next token
+    H = network["scale"].shape[-1]
+
+    def layer(ahead, own):  # ahead: L arrays [W, T, E], stacked
+        said, guess, keep, besides = own
+        *corrections, first = jnp.unstack(said, axis=2)
+        ahead = jnp.concatenate([ahead[:, :, 1:], (first + guess)[:, :, None]], axis=2)
+        ahead = correct(ahead, corrections, keep, besides)
+        return ahead, ahead[:, :, :H]
+
+    of_layers = (said, guess, network["keep"], heard + of_experts)
+    # What a token leaves for the next one does not depend on the estimates that it began with.
+    left = jax.lax.scan(layer, jnp.zeros((W, T, L, E)), of_layers)[0]
+    began = jnp.moveaxis(base, 0, 2) + before(left[None])[0] * network["begin_keep"]
+    stages = jax.lax.scan(layer, began, of_layers)[1]
+    logits = jnp.concatenate([began[None, :, :, :H], stages]).reshape(L + 1, W * T, H, E)
+    own = {name: by_layer(network[name])[:, 0] for name in ("scale", "shift")}
+    return logits, margins(own, logits, top_k)
+
+
+def window_inputs(eps: Any, a: Activations, row: Array) -> Inputs:
+    """The network's inputs; `row` is its table of that name."""
+    by_layer = lambda z: jnp.swapaxes(z, 0, 1)
+    one_hot = jax.nn.one_hot(by_layer(a.ids).astype(jnp.int32), a.logits.shape[-1])
     gates = (one_hot * by_layer(a.gates).astype(jnp.float32)[..., None]).sum(-2)
-    used = one_hot.sum(-2)  # [L, W, T, E]
-    x = normalise(jnp.concatenate([a.embedding[None], by_layer(a.residual)]), eps)
-    # A wrapped target belongs to the next token: its last token is this one.
-    return Inputs(x, jnp.pad(gates, ((1, 0), (0, 0), (0, 0), (0, 0))), ahead(before(used), used, horizon))
+    rows = jnp.asarray(row).at[a.tokens].get(mode="fill", fill_value=0)
+    return Inputs(rows, normalise(by_layer(a.residual), eps), centred(by_layer(a.logits)), gates)
 
 
 def before(this: jax.Array) -> jax.Array:
@@ -237,13 +255,8 @@ def window_targets(values: jax.Array, lengths: jax.Array, horizon: int) -> tuple
     W, L, T, E = values.shape
     this = jnp.swapaxes(values, 0, 1)
     following = jnp.pad(this, ((0, 0), (0, 0), (0, 1), (0, 0)))[:, :, 1:]
+    both = jnp.concatenate([this, following])
+    wanted = jnp.stack([both[h : h + L + 1] for h in range(horizon)], axis=3)
     wraps = (jnp.arange(L + 1)[:, None] + jnp.arange(horizon)) >= L  # [P, H]
     known = (jnp.arange(T)[None, :, None] + wraps[:, None, None, :]) < lengths[:, None, None]  # [P, W, T, H]
-    wanted = ahead(this, following, horizon)
     return wanted.reshape(L + 1, W * T, horizon, E), known.reshape(L + 1, W * T, horizon)
-
-
-def ahead(this: jax.Array, following: jax.Array, horizon: int) -> jax.Array:
-    """[L, W, T, E] for targets in this token and in the next one: [P, W, T, H, E] for the layers ahead."""
-    places, both = len(this) + 1, jnp.concatenate([this, following])
-    return jnp.stack([both[h : h + places] for h in range(horizon)], axis=3)

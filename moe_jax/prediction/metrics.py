@@ -125,7 +125,9 @@ def _run(predictor: Predictor, params: Any, spec: Spec, state: Any, activations:
         """What the predictor says of the token that enters, before any layer has seen it."""
         token = s // L
         assert predictor.begin is not None
-        prediction, state = predictor.begin(params, state, embedding[:, token].astype(jnp.float32))
+        prediction, state = predictor.begin(
+            params, state, embedding[:, token].astype(jnp.float32), activations.tokens[:, token]
+        )
         ranked = jax.lax.top_k(prediction.probability, K)[1]
         hits = jnp.take_along_axis(multi_hot(ahead(future, s), E), ranked, axis=-1).sum(-1)
         counted = ((token < activations.lengths) & (token > 0))[:, None] * jnp.ones(H)

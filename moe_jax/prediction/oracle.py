@@ -64,7 +64,7 @@ class Oracle:
     def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return {"step": jnp.int32(step)}
 
-    def begin(self, params: Any, state: Any, embedding: jax.Array) -> tuple[Prediction, Any]:
+    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: jax.Array) -> tuple[Prediction, Any]:
         right = jnp.ones(embedding.shape[0], bool)
         return _ahead(params, state["step"] * params["layers"], right), state
 

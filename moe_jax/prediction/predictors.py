@@ -13,7 +13,7 @@ import numpy as np
 from moe_jax.config import PREDICTORS
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
-from moe_jax.prediction import calibration, saved
+from moe_jax.prediction import calibration, learned, saved
 from moe_jax.prediction.best import CANDIDATES, BestPerLayer
 from moe_jax.prediction.interface import Features, ModelParts, Prediction, Predictor, Spec, fingerprint
 from moe_jax.prediction.learned import Learned
@@ -56,7 +56,7 @@ def params_of(name: str, spec: Spec, parts: ModelParts, weights: dict[str, Any],
         own = weights.get("sharpness", {}).get(name)
         return params if own is None else params | {"sharpness": jnp.asarray(own)}
     if name == Learned.name:
-        return {"network": weights["network"], "eps": jnp.float32(spec.norm_eps)}
+        return learned.params_of(weights["network"], spec)
     if name == BestPerLayer.name:
         best = np.asarray(weights["best"]).astype(np.int32)
         used = [candidate for number, candidate in enumerate(CANDIDATES) if (best == number).any()]

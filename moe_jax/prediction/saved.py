@@ -16,9 +16,8 @@ import orbax.checkpoint as ocp
 from moe_jax.errors import UserError
 from moe_jax.prediction import calibration
 from moe_jax.prediction.interface import Spec
-from moe_jax.prediction.learned import NEAR
 
-SCHEMA = 3
+SCHEMA = 5
 
 
 def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str, notes: dict[str, Any]) -> None:
@@ -33,7 +32,7 @@ def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str,
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / "weights", ignore_errors=True)
-    half = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), weights)
+    half = jax.tree.map(_half, weights)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / "weights", half)
     card = {"schema": SCHEMA, "model": model, "spec": dataclasses.asdict(spec), "notes": notes}
@@ -72,19 +71,18 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights of predictor {directory} cannot be read ({reason}); train it again") from None
-    weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), weights)
+    weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if x.dtype.kind == "i" else jnp.float32), weights)
     best = weights["best"][:, : spec.horizon]
     weights |= {"network": _cut(weights["network"], spec), "best": best}
     sharpness = calibration.stored(directory, spec, model)
     return weights | {"sharpness": sharpness} if sharpness else weights
 
 
+def _half(x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    return x.astype(np.int32 if x.dtype.kind == "i" else np.float16)
+
+
 def _cut(network: dict[str, Any], spec: Spec) -> dict[str, Any]:
-    """The network for a shorter horizon."""
-    H, E = spec.horizon, spec.num_experts
-    for name in ("far_out", "gates", "hidden_out", "expert_out", "bias"):
-        network[name] = network[name][..., : H * E]
-    network["near"] = network["near"][..., : min(NEAR, H) * E]
-    for name in ("previous", "echo_out", "scale", "shift"):
-        network[name] = network[name][:, :H]
-    return network
+    """The network for a shorter horizon: estimates of all layers remain."""
+    return network | {name: network[name][:, : spec.horizon] for name in ("scale", "shift")}

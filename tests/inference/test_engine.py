@@ -82,7 +82,9 @@ def test_a_predictor_speaks_before_layer_0_has_stated_its_needs(model):
     assert [(n, layer) for n, layer, _ in source.offered] == [(max(i, 0), i - 1) for i in range(a.num_layers + 1)]
     spec, params, router = engine.spec, engine.predictor_params, predictors.Router()
     assert spec is not None
-    expected, _ = router.begin(params, router.init_state(spec, 1), dense["embedding"][jnp.array([7])])
+    expected, _ = router.begin(
+        params, router.init_state(spec, 1), dense["embedding"][jnp.array([7])], np.array([7], np.int32)
+    )
     np.testing.assert_allclose(source.offered[0][2], expected.probability[0], atol=1e-6)
     _, state = plain.prefill([prompt], 2)
     assert np.asarray(decoded).tobytes() == np.asarray(plain.decode(np.array([7], np.int32), state)).tobytes()

@@ -57,7 +57,9 @@ def logged(arrays: tuple[np.ndarray, np.ndarray, np.ndarray], rows: np.ndarray |
     residual, logits, ids = arrays if rows is None else [array[rows] for array in arrays]
     chosen = np.exp(np.take_along_axis(logits, ids, axis=-1))
     lengths = np.full(len(ids), ids.shape[2], np.int32)
-    return Activations(embedding(residual), residual, logits, ids, chosen / chosen.sum(-1, keepdims=True), lengths)
+    gates = chosen / chosen.sum(-1, keepdims=True)
+    tokens = windows(len(ids), ids.shape[2]).tokens
+    return Activations(embedding(residual), residual, logits, ids, gates, lengths, tokens)
 
 
 def outputs(spec: Spec, shard: int) -> Outputs:

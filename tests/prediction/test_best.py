@@ -45,11 +45,11 @@ def test_it_says_what_the_chosen_one_says_and_asks_nobody_else():
             np.testing.assert_allclose(prediction.logits[:, h], chosen.logits[:, h], atol=1e-4)
 
     for t in range(3):
-        embedding, answers = jnp.asarray(a.embedding[:, t]), {}
-        prediction, state = jax.jit(predictor.begin)(params, state, embedding)
+        (embedding, tokens), answers = (jnp.asarray(a.embedding[:, t]), a.tokens[:, t]), {}
+        prediction, state = jax.jit(predictor.begin)(params, state, embedding, tokens)
         for name in asked:
             if (begin := CANDIDATES[name].begin) is not None:
-                answers[name], states[name] = begin(own[name], states[name], embedding)
+                answers[name], states[name] = begin(own[name], states[name], embedding, tokens)
         check(0, prediction, answers)
         for layer in range(L):
             features = Features(np.int32(layer), *[x[:, layer, t] for x in a[1:5]])

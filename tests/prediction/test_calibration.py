@@ -44,7 +44,7 @@ def losses(name, log, sharpness):
     a, (begin, apply) = log.read(range(len(LENGTHS))), JITTED[name]
     params, total = params_of(name, sharpness), np.zeros((L + 1, H))
     for t in range(1, a.ids.shape[2], calibration.STRIDE):
-        told = [begin(params, (), a.embedding[:, t])[0]]
+        told = [begin(params, (), a.embedding[:, t], a.tokens[:, t])[0]]
         for layer in range(L):
             residual, logits, gates = (np.asarray(x[:, layer, t], np.float32) for x in (a.residual, a.logits, a.gates))
             features = Features(np.int32(layer), residual, logits, a.ids[:, layer, t].astype(np.int32), gates)

@@ -9,13 +9,13 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.prediction import closed_form, fit, metrics, predictors
-from moe_jax.prediction.learned import Inputs, window_inputs
+from moe_jax.prediction.learned import Inputs, score_windows, window_inputs, window_targets
 from tests.prediction.synthetic import SPEC, parts, written_log
 from tests.prediction.test_learned import noisy
 
 CONFIG = fit.FitConfig(
-    hidden=4,
     expert_hidden=2,
+    tokens=40,
     steps=12,
     batch_windows=4,
     learning_rate=1e-2,
@@ -111,41 +111,58 @@ def test_another_configuration_is_refused(logs, tmp_path):
 
 def test_whitening_does_not_change_the_network():
     rng = np.random.default_rng(0)
-    learned = predictors.Learned(3, 2)
-    network = noisy(learned)["network"]
-    P, D = SPEC.num_layers + 1, SPEC.d_model
-    basis = {"white": rng.normal(size=(P, D, D)).astype(np.float32), "mean": rng.normal(size=(P, D)).astype(np.float32)}
-    x = rng.normal(size=(P, 1, 5, D)).astype(np.float32)
-    gates = jax.nn.softmax(jnp.asarray(rng.normal(size=(P, 1, 5, SPEC.num_experts)).astype(np.float32)))
-    previous = jnp.zeros((P, 1, 5, SPEC.horizon, SPEC.num_experts))
-    white = np.einsum("pwtd,pde->pwte", x - basis["mean"][:, None, None], basis["white"])
-    score = jax.jit(lambda network, x: learned.score_windows(network, Inputs(x, gates, previous), SPEC.top_k)[0])
+    network = noisy(predictors.Learned(2, 9))["network"]
+    (L, D), E = (SPEC.num_layers, SPEC.d_model), SPEC.num_experts
+    basis = {"white": rng.normal(size=(L, D, D)).astype(np.float32), "mean": rng.normal(size=(L, D)).astype(np.float32)}
+    x = rng.normal(size=(L, 1, 5, D)).astype(np.float32)
+    logits, gates = rng.normal(size=(2, L, 1, 5, E)).astype(np.float32)
+    white = np.einsum("lwtd,lde->lwte", x - basis["mean"][:, None, None], basis["white"])
+    inputs = lambda x: Inputs(np.array([[3, 0, 9, 9, 1]]), x, logits, gates)
+    score = jax.jit(lambda network, x: score_windows(network, inputs(x), SPEC.top_k)[0])
     in_basis = score(network, white)
     folded = score(closed_form.unwhiten(network, basis), x)
     np.testing.assert_allclose(in_basis, folded, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("place", "h"), [(0, 0), (1, 1), (2, 2), (3, 0), (3, 2)])
-def test_the_closed_form_is_the_least_squares_solution(logs, place, h):
-    """Against NumPy on one table of everything that a prediction of this place for this horizon may read."""
-    learned, L = predictors.Learned(3, 2), SPEC.num_layers
-    network = learned.init(jax.random.key(0), SPEC, parts())["network"]  # its hidden layers say nothing yet
-    rows = np.arange(40)
-    solved, basis = closed_form.least_squares(network, SPEC, logs[0], rows, 1e-5, 20)
-    a = logs[0].read(rows)
-    inputs = window_inputs(SPEC.norm_eps, a, SPEC.horizon)
-    score = jax.jit(lambda network: learned.score_windows(network, inputs, SPEC.top_k)[0])
-    ours = np.asarray(score(closed_form.unwhiten(solved, basis))[place, :, h]).reshape(40, 16, -1)[:, 1:-1]
-    x, gates, used = (np.asarray(z)[place] for z in inputs)
-    carry, target = divmod(place + h, L)
-    left = np.asarray(inputs.x)[target + 1]
-    last = left[:, 1:-1] if carry else left[:, :-2]
-    columns = [x[:, 1:-1], gates[:, 1:-1], used[:, 1:-1, h], last, np.ones((40, 14, 1))]
-    table = np.concatenate(columns, axis=-1).reshape(40 * 14, -1)
-    logits = np.asarray(a.logits, np.float32)[:, target]
+def test_a_token_says_the_mean_of_what_followed_it(logs):
+    """Drawn towards zero by one occurrence; rare tokens share the first row."""
+    log, L, E = logs[0], SPEC.num_layers, SPEC.num_experts
+    row = closed_form.rows_of(log, 20)
+    table = closed_form.token_means(np.zeros((21, 3, L, E), np.float32), row, log, np.arange(40), 7)
+    tokens, logits = log.windows.tokens, np.asarray(log.read(range(40)).logits, np.float32).swapaxes(1, 2)
     logits = logits - logits.mean(-1, keepdims=True)
-    wanted = (logits[:, 2:] if carry else logits[:, 1:-1]).reshape(40 * 14, -1)
-    # Gates sum to 1 but for their rounding, which is not to be learned from.
-    expected = table @ np.linalg.lstsq(table, wanted, rcond=1e-3)[0]
-    # The ridge, and float32 sums of badly conditioned columns, leave a little.
-    assert (ours.reshape(expected.shape) - expected).std() < 0.03 * wanted.std()
+    counts = np.bincount(tokens.ravel(), minlength=len(row))
+    assert (counts[row == 0].max() <= counts[row > 0].min()) and sorted(row[row > 0]) == list(range(1, 21))
+    for number in (0, 1, 20):
+        followed = logits[:, 1:][row[tokens[:, :-1]] == number]
+        np.testing.assert_allclose(table[number, 2], followed.sum(0) / (len(followed) + 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_closed_form_corrects_as_regression_would(logs, layer):
+    """Against NumPy, on one table of what a layer reads for the next one, and the estimate that it corrects."""
+    learned, L, rows = predictors.Learned(2, 20), SPEC.num_layers, np.arange(40)
+    row = closed_form.rows_of(logs[0], 20)
+    network = learned.init(jax.random.key(0), SPEC, parts())["network"]  # its hidden layers say nothing yet
+    solved, basis = closed_form.least_squares(network, row, SPEC, logs[0], rows, 1e-5, 20)
+    quiet = closed_form.unwhiten(solved, basis) | {"echo": jnp.zeros_like(solved["echo"])}
+    a = logs[0].read(rows)
+    inputs = window_inputs(SPEC.norm_eps, a, row)
+    score = jax.jit(lambda network: score_windows(network, inputs, SPEC.top_k)[0].reshape(L + 1, 40, 16, L, -1))
+    logits = np.asarray(a.logits, np.float32)
+    wanted = window_targets(logits - logits.mean(-1, keepdims=True), a.lengths, 1)[0]
+    wanted = np.asarray(wanted).reshape(L + 1, 40, 16, -1)[layer + 1]
+    corrected, estimates = np.asarray(score(quiet)), []
+    # What is there before: of this token's layer what the layer before said of it, of the next one's what it left.
+    old = corrected[layer, :, :, 1]
+    x, gates = (np.asarray(z)[layer] for z in (inputs.x, inputs.gates))
+    for e in range(SPEC.num_experts):
+        table = np.concatenate([x, gates, np.ones((40, 16, 1)), old[..., e : e + 1]], -1)[:, 1:-1].reshape(40 * 14, -1)
+        expected = table @ np.linalg.lstsq(table, wanted[:, 1:-1, e].ravel(), rcond=1e-3)[0]
+        estimates.append(expected.reshape(40, 14))
+    ours = corrected[layer + 1, :, 1:-1, 0]
+    assert (ours - np.stack(estimates, -1)).std() < 0.03 * wanted.std()
+    # The echo makes it better still.
+    heard = np.asarray(score(closed_form.unwhiten(solved, basis)))[layer + 1, :, 1:-1, 0]
+    error = lambda z: np.square(z - wanted[:, 1:-1]).mean()
+    assert error(heard) <= error(ours) + 1e-6

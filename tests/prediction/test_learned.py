@@ -12,7 +12,7 @@ from moe_jax.errors import UserError
 from moe_jax.prediction import predictors, saved
 from moe_jax.prediction.best import BestPerLayer
 from moe_jax.prediction.interface import Features, at
-from moe_jax.prediction.learned import Learned, boundary, window_inputs, window_targets
+from moe_jax.prediction.learned import Learned, boundary, score_windows, window_inputs, window_targets
 from tests.prediction.synthetic import MODEL, SPEC, activations, logged, parts
 from tests.prediction.test_predictors import run
 
@@ -26,9 +26,10 @@ def noisy(learned):
     """Parameters in which every table matters."""
     params = learned.init(jax.random.key(0), SPEC, parts())
     keys = iter(jax.random.split(jax.random.key(1), 20))
-    params["network"] = {
-        name: table + 0.3 * jax.random.normal(next(keys), table.shape) for name, table in params["network"].items()
-    }
+    noise = lambda table: table + 0.3 * jax.random.normal(next(keys), table.shape)
+    tables = params["network"]
+    row = np.random.default_rng(0).integers(0, len(tables["tokens"]), 40)  # tokens from 40 on were never seen
+    params["network"] = {name: noise(table) for name, table in tables.items()} | {"row": row.astype(np.int32)}
     return params
 
 
@@ -38,7 +39,7 @@ def run_with_beginnings(learned, arrays, params):
     state = learned.init_state(SPEC, len(a.lengths))
     begin, apply = jax.jit(learned.begin), jax.jit(learned.apply)
     for t in range(a.ids.shape[2]):
-        prediction, state = begin(params, state, a.embedding[:, t])
+        prediction, state = begin(params, state, a.embedding[:, t], a.tokens[:, t])
         out.append(np.asarray(prediction.probability))
         for layer in range(SPEC.num_layers):
             here = [x[:, layer, t] for x in a[1:5]]
@@ -48,22 +49,22 @@ def run_with_beginnings(learned, arrays, params):
 
 
 def test_whole_windows_equal_token_by_token():
-    learned, arrays = Learned(5, 3), activations(SPEC, parts(), 2, 6)
+    learned, arrays = Learned(3, 9), activations(SPEC, parts(), 2, 6)
     params = noisy(learned)
     stepwise = run_with_beginnings(learned, arrays, params)  # [W, T, L + 1, H, E]
 
     @jax.jit
     def score(network, a):
-        return learned.score_windows(network, window_inputs(1e-5, a, SPEC.horizon), SPEC.top_k)[1]
+        return score_windows(network, window_inputs(1e-5, a, network["row"]), SPEC.top_k)[1]
 
     scores = score(params["network"], logged(arrays))
     whole = np.array(jax.nn.sigmoid(scores)).reshape(SPEC.num_layers + 1, 2, 6, SPEC.horizon, -1)
     np.testing.assert_allclose(whole.transpose(1, 2, 0, 3, 4), stepwise, atol=1e-5)
 
 
-@pytest.mark.parametrize("predictor", [Learned(5, 3), BestPerLayer()], ids=lambda p: p.name)
+@pytest.mark.parametrize("predictor", [Learned(), BestPerLayer()], ids=lambda p: p.name)
 def test_the_tables_of_one_layer_say_what_those_of_all_say(predictor):
-    a, trained = logged(activations(SPEC, parts(), 2, 1)), weights(noisy(Learned(5, 3)))
+    a, trained = logged(activations(SPEC, parts(), 2, 1)), weights(noisy(Learned(3, 9)))
     trained["best"] = np.random.default_rng(0).integers(0, 4, (SPEC.num_layers + 1, SPEC.horizon))
     params = predictors.params_of(predictor.name, SPEC, parts(), trained)
     state = predictor.prime(SPEC, np.random.default_rng(1).integers(0, 6, (SPEC.num_layers, 2, 3, SPEC.top_k)))
@@ -97,7 +98,7 @@ def test_boundary_parts_the_top_k_from_the_rest(top_k):
 
 @pytest.fixture
 def trained(tmp_path):
-    params = noisy(Learned(5, 3))
+    params = noisy(Learned(3, 9))
     saved.save(tmp_path, weights(params), SPEC, MODEL, {"note": 1})
     return tmp_path, params
 

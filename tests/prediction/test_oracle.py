@@ -40,7 +40,7 @@ def test_it_names_the_experts_of_the_layers_ahead_across_the_wrap():
 
     for i, ids in enumerate(path):
         if i % L == 0:
-            prediction, state = begin(params, state, jnp.zeros((BATCH, SPEC.d_model)))
+            prediction, state = begin(params, state, jnp.zeros((BATCH, SPEC.d_model)), np.zeros(BATCH, np.int32))
             check(prediction, i)
         zeros = np.zeros((BATCH, SPEC.d_model), np.float32), np.zeros((BATCH, E), np.float32)
         prediction, state = apply(params, state, Features(np.int32(i % L), *zeros, ids, np.ones((BATCH, K))))
@@ -62,7 +62,7 @@ def test_it_finds_its_place_after_steps_without_predictions():
     path = routing()
     oracle, params = Oracle(), Oracle.replay(SPEC, recorded(path, L))
     state = oracle.prime(SPEC, np.stack(path[:L])[:, :, None], step=2)
-    prediction, _ = oracle.begin(params, state, jnp.zeros((BATCH, 4)))
+    prediction, _ = oracle.begin(params, state, jnp.zeros((BATCH, 4)), np.zeros(BATCH, np.int32))
     ranked = jax.lax.top_k(prediction.probability[:, 0], K)[1]
     np.testing.assert_array_equal(np.sort(ranked), np.sort(path[2 * L]))
 

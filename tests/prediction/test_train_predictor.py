@@ -42,7 +42,7 @@ def command(place: Path, output: str, *more: str) -> list[str]:
         "horizon": 3,
         "window": 32,
         "max_tokens": 5000,
-        "fit.hidden": 4,
+        "fit.tokens": 40,
         "fit.expert_hidden": 2,
         "fit.steps": STEPS,
         "fit.batch_windows": 4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.prediction import saved
@@ -17,9 +18,10 @@ def write_predictor(directory: Path, checkpoint: HFCheckpoint, horizon: int) -> 
     spec, parts = Spec.of(checkpoint.architecture, horizon), ModelParts.of(checkpoint.dense())
     params = Learned().init(jax.random.key(0), spec, parts)
     keys = iter(jax.random.split(jax.random.key(1), 100))
+    row = {"row": np.zeros(1, np.int32)}  # all tokens are the same to it
     params["network"] = {
         name: table + 0.1 * jax.random.normal(next(keys), table.shape) for name, table in params["network"].items()
-    }
+    } | row
     sizes = (spec.num_layers, spec.num_experts, spec.d_model)
     weights = {"network": params["network"], "vectors": jax.random.normal(next(keys), sizes)}
     weights["best"] = jax.random.randint(next(keys), (spec.num_layers + 1, spec.horizon), 0, 4)

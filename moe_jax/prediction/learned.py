@@ -27,7 +27,7 @@ from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction
 
 READ = (1, 3)
 """Layers ahead for which a layer reads the residual, through as many directions as there are experts."""
-NEWS = (2, 4)
+NEWS = (4, 8)
 """Further ones, which are corrected by what the router's logits say."""
 BY_LAYER = ("read", "centre", "mix", "gates", "bias", "keep", "echo", "expert_in", "expert_bias", "expert_out")
 
@@ -112,7 +112,7 @@ class Learned:
 
     def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: jax.Array) -> tuple[Prediction, Any]:
         network = params["network"]
-        row = network["row"].at[tokens].get(mode="fill", fill_value=0)
+        row = jnp.asarray(network["row"]).at[tokens].get(mode="fill", fill_value=0)
         this, after, guess = jnp.unstack(network["tokens"][row], axis=1)
         left, echoes, *_, of_last = jnp.unstack(state, axis=1)
         base = this + of_last

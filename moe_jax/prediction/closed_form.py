@@ -87,7 +87,7 @@ def least_squares(
     E, L, T = spec.num_experts, spec.num_layers, log.windows.tokens.shape[1]
     table: dict[str, Any] = {name: np.array(value) for name, value in network.items()}
     table["tokens"] = token_means(table["tokens"], row, log, rows, batch)
-    rows = rows[:: -(-len(rows) // min(WINDOWS, max(1, MOST // (T * L * E))))]
+    rows = rows[:: -(-len(rows) // windows_at_once(T, spec))]
     # Tokens that have both neighbours, so that all targets are known.
     inside = (np.arange(T) > 0) & (np.arange(T) + 1 < log.windows.lengths[rows][:, None])
     basis: dict[str, list[np.ndarray]] = {"white": [], "mean": []}
@@ -142,6 +142,11 @@ def least_squares(
         said = _before(said) if layer else said
         table["echo"][layer] = _solve(said[inside], lacks[inside], np.zeros_like(lacks)[inside], ridge)[1]
     return {name: jnp.asarray(value) for name, value in table.items()}, {n: np.stack(z) for n, z in basis.items()}
+
+
+def windows_at_once(length: int, spec: Spec) -> int:
+    """How many windows of so many tokens the regressions look at."""
+    return min(WINDOWS, max(1, MOST // (length * spec.num_layers * spec.num_experts)))
 
 
 def _solve(see: np.ndarray, wanted: np.ndarray, old: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:

@@ -9,12 +9,13 @@ import pytest
 from configs.predictor import get_config
 from moe_jax.checkpoint.families import family
 from moe_jax.model.layers import parameter_counts
+from moe_jax.prediction import closed_form
 from moe_jax.prediction.interface import ModelParts, Spec
 from moe_jax.prediction.learned import Learned
 from tests.families.test_real_sizes import MODELS
 
 DEFAULTS: Any = get_config()
-LEARNED = Learned(DEFAULTS.fit.expert_hidden)
+LEARNED = Learned(DEFAULTS.fit.expert_hidden, DEFAULTS.fit.tokens)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -35,3 +36,19 @@ def test_multiply_adds_are_those_of_the_tables():
     added = {"row", "tokens", "centre", "bias", "expert_bias", "shift"}
     counted = sum(np.prod(x.shape) * share.get(name, 1) for name, x in network.items() if name not in added)
     assert LEARNED.multiply_adds(spec) == counted
+
+
+def test_the_closed_form_of_a_large_model_fits_into_2_gb():
+    """The tables, every layer's basis, the estimates of some windows, and one layer's inputs and system."""
+    a = family(MODELS["Qwen3-30B-A3B"].config).read_config(MODELS["Qwen3-30B-A3B"].config)
+    spec = Spec.of(a, 8)
+    L, D, E, T = spec.num_layers, spec.d_model, spec.num_experts, DEFAULTS.window
+    network = jax.eval_shape(
+        lambda key: LEARNED.init(key, spec, ModelParts(np.zeros(0), np.zeros(0))), jax.random.key(0)
+    )
+    tables = sum(x.size for x in jax.tree.leaves(network["network"]))
+    rows = T * closed_form.windows_at_once(T, spec)
+    system = 3 * 2 * (D + E + 1) ** 2  # float64: what is summed up, what is added, factors
+    assert rows > 2 * (D + E + 1)
+    numbers = tables + L * D * D + 3 * rows * L * E + 4 * rows * (D + E + 1) + system
+    assert 1e9 < 4 * numbers < 2e9

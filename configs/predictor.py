@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
         dict(
             hidden=16,
             expert_hidden=16,
+            loss="squared+membership",  # terms of moe_jax/prediction/losses.py
             steps=800,
             batch_windows=8,
             learning_rate=1e-3,

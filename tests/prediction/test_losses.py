@@ -1,5 +1,7 @@
 """Every term of a loss is least where it should be, and only there."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def split(wanted, gap: float) -> jax.Array:
     return gap * (wanted.members - 0.5)
 
 
-def loss(name, wanted, logits, margins=0.0) -> float:
+def loss(name: str, wanted: losses.Wanted, logits: jax.Array, margins: Any = 0.0) -> float:
     values = losses.total(name, wanted, logits, jnp.broadcast_to(jnp.asarray(margins), logits.shape))
     assert values.shape == wanted.known.shape
     return float((values * wanted.known).sum() / wanted.known.sum())

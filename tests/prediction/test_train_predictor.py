@@ -113,7 +113,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
 
 
 def test_losses_are_compared_from_one_closed_form(place):
-    few = ["--config.fit.steps=2", "--config.max_tokens=500", "--config.fit.evaluate_every=1"]
+    few = ["--config.horizon=1", "--config.fit.steps=2", "--config.max_tokens=500", "--config.fit.evaluate_every=1"]
     losses = ["--ablate=kl", "--ablate=ranking+membership"]
     done = run(place, "ablated", *few, *losses, f"--output_json={place}/ablation.json")
     assert done.returncode == 0, done.stderr

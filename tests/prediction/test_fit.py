@@ -16,6 +16,7 @@ from tests.prediction.test_learned import noisy
 CONFIG = fit.FitConfig(
     expert_hidden=2,
     tokens=40,
+    loss="squared+membership",
     steps=12,
     batch_windows=4,
     learning_rate=1e-2,

@@ -33,8 +33,9 @@ BY_LAYER = ("read", "centre", "mix", "gates", "bias", "keep", "echo", "expert_in
 
 
 def ahead_of(num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Those of `READ` and of `NEWS` that a model has."""
-    return tuple(h for h in READ if h <= num_layers), tuple(h for h in NEWS if h <= num_layers)
+    """`READ` and `NEWS` of a model: what lies further than it has layers is left out, but that news need a target."""
+    news = dict.fromkeys(min(h, num_layers) for h in NEWS)
+    return tuple(h for h in READ if h <= num_layers), tuple(news)
 
 
 class Learned:
@@ -137,8 +138,8 @@ def params_of(network: dict[str, jax.Array], spec: Spec) -> Any:
 def correct(ahead: jax.Array, corrections: list, keep: jax.Array, besides: jax.Array) -> jax.Array:
     """Corrects estimates of the layers ahead, [..., L, E]; the next one's by `besides` too. `keep` [R + N, E]."""
     read, news = ahead_of(ahead.shape[-2])
-    for h, correction, kept in zip((*read, *news), corrections, keep, strict=True):
-        more = correction + besides if h == 1 else correction
+    for place, (h, correction, kept) in enumerate(zip((*read, *news), corrections, keep, strict=True)):
+        more = correction + besides if place == 0 else correction
         ahead = ahead.at[..., h - 1, :].set(ahead[..., h - 1, :] * kept + more)
     return ahead
 

@@ -12,6 +12,7 @@ has not seen. Killed at any moment, the same command goes on where it stopped an
 import dataclasses
 import functools
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -72,7 +73,12 @@ def main() -> None:
     values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk}
     model = Model(Config.from_dict(values | {"prefetch": {"predictor": "none"}}))
     a = model.checkpoint.architecture
-    spec, parts = Spec.of(a, c["horizon"]), ModelParts.of(model.engine.dense)
+    horizon = min(c["horizon"], a.num_moe_layers)  # further ahead every layer has been seen
+    if horizon < 1:
+        raise UserError(f"config.horizon must be at least 1, not {c['horizon']}")
+    if horizon < c["horizon"]:
+        print(f"horizon: {horizon}, as this model has no more layers with experts", file=sys.stderr)
+    spec, parts = Spec.of(a, horizon), ModelParts.of(model.engine.dense)
     identity, output = fingerprint(a, model.engine.dense), Path(c["output"])
     if not 2 <= c["window"] < a.max_seq_len:
         raise UserError(f"config.window={c['window']} must be from 2 to {a.max_seq_len - 1} for this model")

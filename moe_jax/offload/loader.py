@@ -70,7 +70,7 @@ class Loader:
         self._pending: dict[Key, None] = {}  # of the current request, not taken yet
         self._wanted: dict[Key, None] = {}  # what a `take` blocks on
         self._failures: dict[Key, LoadError] = {}
-        self._layer = 0
+        self._layer = self._need = 0  # the layer that runs, and the number of its experts
         self._layer_s = self._copy_s = 0.0  # moving averages; 0: unknown
         self._last_request = self._stalled = 0.0
         self._busy = 1.0  # moving average of the share of the time that the link is busy
@@ -82,14 +82,16 @@ class Loader:
         with self._lock:
             self._check_usable()
             self._poll()
-            self._clock(time.perf_counter())
+            now = time.perf_counter()
+            self._clock(now)
             self._layer = layer
             self._outlook.passed(layer, [expert for _, expert in keys])
             self._pending = dict.fromkeys(keys)
+            self._need = len(keys)
             self._demand.clear()
             self._failures.clear()
             outcomes: list[Outcome] = [self._classify(key) for key in keys]
-            self.benefit.found(outcomes.count("prefetched"), self._copy_s)
+            self.benefit.hid(sum(map(self._spared, keys, outcomes, [now] * len(keys))))
             for key in keys:
                 self.store.use(key)
             if self._demand:
@@ -136,7 +138,8 @@ class Loader:
         """Predictions float32 [H, E] for the layers after `layer`."""
         with self._lock:
             self._outlook.offer(layer, probabilities)
-            self._kick()
+            if self._worth_a_look():
+                self._kick()
 
     def unpin_all(self) -> None:
         """Forgets the pins of a step that was interrupted between `take` and `release`."""
@@ -184,6 +187,10 @@ class Loader:
     def _poll(self) -> None:
         """Notices copies that have arrived, where nobody else does."""
 
+    def _worth_a_look(self) -> bool:
+        """Whether a new prediction can give work. Waking a thread for nothing costs the decode thread its turn."""
+        return self._outlook.any_likely()
+
     def _give_up(self) -> bool:
         """Drops a speculative load that has begun and waits for its turn; whether there was one."""
         return False
@@ -228,6 +235,12 @@ class Loader:
         self._demand[key] = None
         return "missed"
 
+    def _spared(self, key: Key, outcome: Outcome, now: float) -> float:
+        """Seconds of waiting for `key` that speculation has spared the layer that needs it."""
+        if outcome == "late":
+            return min(now - self.store.in_flight[key].t_issue, self._copy_s)
+        return self._copy_s if outcome == "prefetched" else 0.0
+
     def _next_demand(self) -> Key | None:
         for key in self._wanted:
             if not self.store.holds(key) and key not in self._failures:
@@ -260,7 +273,10 @@ class Loader:
 
     def _speculation(self) -> Key | None:
         """The expert most worth a speculative copy, with room made for it, if there is one."""
-        best = self._outlook.best(self._layer, self._copy_s / self._layer_s if self._layer_s else 0.0)
+        layers_per_copy = self._copy_s / self._layer_s if self._layer_s else 0.0
+        # Where a layer's experts fill the store, the next layer's take the place of what is loaded for later ones.
+        reach = 1 if self.store.capacity <= self._need else None
+        best = self._outlook.best(self._layer, layers_per_copy, reach)
         if best is None:
             return None
         key, probability = best

@@ -8,9 +8,10 @@ import numpy as np
 
 from moe_jax.model.experts import Key
 
-WRONG = 1.0
+WRONG = 2.0
 """What a wrong speculative load costs where the link would have been idle, in loads: it evicts something, and takes its
-share of memory bandwidth and of the CPU. Measured from a disk where C is about T: 0.5 loads more and is slower."""
+share of memory bandwidth and of the CPU. Measured from a disk where C is about T: 0.3 to 2 take the same time, and the
+less the more loads."""
 RATE_TOKENS = 256
 """Uses of an expert are averaged over about so many tokens."""
 PRIOR_TOKENS = 32
@@ -75,23 +76,28 @@ class Outlook:
         """Whether it is likely enough for a speculative load."""
         return bool(self._value[key] > self._floor)
 
-    def best(self, layer: int, layers_per_copy: float) -> tuple[Key, float] | None:
+    def any_likely(self) -> bool:
+        """Whether any absent expert is likely enough for a speculative load."""
+        return bool(((self._value > self._floor) & ~self._held).any())
+
+    def best(self, layer: int, layers_per_copy: float, reach: int | None = None) -> tuple[Key, float] | None:
         """The absent expert of highest expected value, if any is likely enough; the nearest on ties.
 
         Args:
           layer: the layer that runs now.
           layers_per_copy: how many layers run in the time of one load. A load that arrives late saves only part of
             its time, so the value is the probability times the share of the load that can be hidden.
+          reach: only experts of so many layers ahead.
 
         Returns:
           The key and its probability. That, and not its value, is what decides about evictions: an expert that turns
           out to be needed takes somebody's place anyway, sooner or later.
         """
-        order = self._ahead[layer]
+        order = self._ahead[layer, :reach]
         value = self._value[order]
         value[self._held[order] | (value <= self._floor)] = 0.0
         if layers_per_copy > 0:
-            value *= np.minimum(1.0, self._distance / layers_per_copy)[:, None]
+            value *= np.minimum(1.0, self._distance[:reach] / layers_per_copy)[:, None]
         row, expert = divmod(int(value.argmax()), value.shape[1])
         if value[row, expert] <= 0:
             return None

@@ -82,16 +82,36 @@ def test_a_layer_that_has_passed_is_dropped_and_falls_back_to_the_prior():
 def test_a_new_prediction_replaces_the_one_before():
     o = outlook()
     o.offer(0, predictions({1: 0.9}, {2: 0.8}))
-    o.offer(1, predictions({3: 0.7}))
+    o.offer(1, predictions({3: 0.78}))
     assert o.best(1, 0.0) == ((1, 1), pytest.approx(0.9))  # layer 1 has not passed here
     o.passed(1)
-    assert o.best(1, 0.0) == ((2, 3), pytest.approx(0.7))
+    assert o.best(1, 0.0) == ((2, 3), pytest.approx(0.78))
 
 
 def test_a_horizon_longer_than_the_model_is_cut():
     o = outlook()
-    o.offer(0, predictions({1: 0.7}, {}, {}, {1: 0.9}))
-    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.7))
+    o.offer(0, predictions({1: 0.8}, {}, {}, {1: 0.9}))
+    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.8))
+
+
+def test_what_would_be_evicted_before_its_layer_is_no_candidate():
+    o = outlook()
+    o.offer(0, predictions({1: 0.8}, {2: 0.9}))
+    assert o.best(0, 0.0) == ((2, 2), pytest.approx(0.9))
+    assert o.best(0, 0.0, reach=1) == ((1, 1), pytest.approx(0.8))
+    o.hold((1, 1), True)
+    assert o.best(0, 0.0, reach=1) is None
+
+
+def test_there_may_be_work_while_something_likely_is_absent():
+    o = outlook()
+    o.offer(0, predictions({1: 0.9}, {2: 0.4}))
+    assert o.any_likely()
+    o.hold((1, 1), True)
+    assert not o.any_likely()
+    o.hold((1, 1), False)
+    o.passed(1)
+    assert not o.any_likely()
 
 
 def test_what_is_not_likely_enough_is_no_candidate():
@@ -106,10 +126,10 @@ def test_what_is_not_likely_enough_is_no_candidate():
 
 def test_the_less_busy_the_link_the_less_likely_a_load_may_be():
     o = outlook()
-    o.offer(0, predictions({1: 0.6}))
+    o.offer(0, predictions({1: 0.72}))
     assert o.best(0, 0.0) is None
     o.busy(0.2)
-    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.6)) and o.likely((1, 1))
+    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.72)) and o.likely((1, 1))
     o.busy(1.0)
     assert o.best(0, 0.0) is None and not o.likely((1, 1))
 

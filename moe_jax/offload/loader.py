@@ -71,8 +71,8 @@ class Loader:
         self._wanted: dict[Key, None] = {}  # what a `take` blocks on
         self._failures: dict[Key, LoadError] = {}
         self._layer = self._need = 0  # the layer that runs, and the number of its experts
-        self._layer_s = self._copy_s = 0.0  # moving averages; 0: unknown
-        self._last_request = self._stalled = 0.0
+        self._copy_s = 0.0  # moving average; 0: unknown
+        self._last_request = 0.0
         self._busy = 1.0  # moving average of the share of the time that the link is busy
 
     # Called by the decode thread.
@@ -118,7 +118,6 @@ class Loader:
                 finally:
                     self._wanted = {}
                 stall = time.perf_counter() - began
-                self._stalled += stall
                 self.benefit.stalled(stall)
             for key in keys:
                 self._pending.pop(key, None)
@@ -215,15 +214,12 @@ class Loader:
             )
 
     def _clock(self, now: float) -> None:
-        """Moving averages of the time between requests, time blocked left out, and of how busy the link is."""
+        """Moving average of how busy the link is, from one request to the next."""
         busy_s = self._busy_s(now)
-        if self._last_request:
-            if busy_s is not None:
-                self._busy += 0.02 * (min(busy_s / (now - self._last_request), 1.0) - self._busy)
-                self._outlook.busy(self._busy)
-            gap = max(now - self._last_request - self._stalled, 0.0)
-            self._layer_s = gap if not self._layer_s else 0.9 * self._layer_s + 0.1 * gap
-        self._last_request, self._stalled = now, 0.0
+        if self._last_request and busy_s is not None:
+            self._busy += 0.02 * (min(busy_s / (now - self._last_request), 1.0) - self._busy)
+            self._outlook.busy(self._busy)
+        self._last_request = now
 
     def _classify(self, key: Key) -> Outcome:
         entry = self.store.resident.get(key)
@@ -273,10 +269,9 @@ class Loader:
 
     def _speculation(self) -> Key | None:
         """The expert most worth a speculative copy, with room made for it, if there is one."""
-        layers_per_copy = self._copy_s / self._layer_s if self._layer_s else 0.0
         # Where a layer's experts fill the store, the next layer's take the place of what is loaded for later ones.
         reach = 1 if self.store.capacity <= self._need else None
-        best = self._outlook.best(self._layer, layers_per_copy, reach)
+        best = self._outlook.best(self._layer, reach)
         if best is None:
             return None
         key, probability = best

@@ -19,6 +19,9 @@ RATE_TOKENS = 256
 PRIOR_TOKENS = 32
 """What an expert's rate of use is taken to be before any token counts as much as so many tokens: the
 first uses alone would tell too much."""
+RECENT_TOKENS = 16
+"""How far back goes what corrects predictions: a text that repeats itself needs few experts again and again, and one
+that it has not needed for a while is less likely than a predictor thinks who knows only the last token."""
 
 
 class Outlook:
@@ -32,6 +35,8 @@ class Outlook:
         self._value = np.full((num_layers, num_experts), self.prior, np.float32)
         self._rate = np.full((num_layers, num_experts), self.prior, np.float32)  # uses per token
         self._passes = np.full(num_layers, PRIOR_TOKENS)
+        self._recent = self._rate.copy()
+        self._odds = np.ones_like(self._rate)  # of recent use, over those of the layer's average expert
         self._held = np.zeros((num_layers, num_experts), bool)
         # Row l: the layers in the order in which they come after l.
         self._ahead = (np.arange(num_layers)[:, None] + np.arange(1, num_layers + 1)) % num_layers
@@ -49,10 +54,14 @@ class Outlook:
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
         """Predictions [H, E] for the layers after `layer`, wrapping; they replace earlier ones for these layers.
 
+        Recent use corrects the odds of what is not certain.
+
         Layer -1 means before layer 0: the rows are those of the last layer, layer 0's first.
         """
         targets = self._ahead[layer, : len(probabilities)]
-        self._value[targets] = probabilities[: len(targets)]
+        p = probabilities[: len(targets)]
+        likely = p * self._odds[targets]
+        self._value[targets] = likely / (likely + (1 - p))
 
     def passed(self, layer: int, experts: Sequence[int] = ()) -> None:
         """`layer` has stated its needs: what was predicted for it is dropped."""
@@ -60,6 +69,12 @@ class Outlook:
         self._passes[layer] = min(self._passes[layer] + 1, RATE_TOKENS)
         self._rate[layer] *= 1 - 1 / self._passes[layer]
         self._rate[layer, list(experts)] += 1 / self._passes[layer]
+        recent = self._recent[layer]
+        recent *= 1 - 1 / RECENT_TOKENS
+        recent[list(experts)] += 1 / RECENT_TOKENS
+        chances = np.clip(recent, 1e-3, 1 - 1e-3)
+        average = chances.mean()
+        self._odds[layer] = chances / (1 - chances) * ((1 - average) / average)
 
     def clear(self) -> None:
         """Drops every prediction."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.offload.keys import KeySet
-from moe_jax.offload.outlook import PRIOR_TOKENS, RATE_TOKENS, TAKEN, WRONG, Outlook
+from moe_jax.offload.outlook import PRIOR_TOKENS, RATE_TOKENS, RECENT_TOKENS, TAKEN, WRONG, Outlook
 from tests.offload.rig import E, K, L, predictions
 
 
@@ -132,6 +132,21 @@ def test_the_less_busy_the_link_the_less_likely_a_load_may_be():
     assert o.best(0) == ((1, 1), pytest.approx(0.7)) and o.likely((1, 1))
     o.busy(1.0)
     assert o.best(0) is None and not o.likely((1, 1))
+
+
+def test_recent_use_corrects_what_is_not_certain():
+    o = outlook()
+    for _ in range(3 * RECENT_TOKENS):
+        o.passed(1, [1, 2])
+    o.offer(0, predictions({0: 1.0, 1: 0.8, 3: 0.8}, {3: 0.8}))
+    assert o.likely((1, 0)) and o.likely((1, 1)) and not o.likely((1, 3))
+    assert o.best(0) == ((1, 0), pytest.approx(1.0))  # the prediction knows
+    o.hold((1, 0), True)
+    assert o.best(0) == ((1, 1), pytest.approx(0.99, abs=0.009))
+    o.hold((1, 1), True)
+    assert o.best(0) == ((2, 3), pytest.approx(0.8))  # another layer's are not touched
+    o.offer(0, predictions({1: 0.0}))
+    assert o.below(table((1, 1)), 1e-6).any()
 
 
 def test_expected_next_use():

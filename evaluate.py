@@ -147,7 +147,8 @@ def measure_recall(model, windows: dict, steps: int) -> None:
     import numpy as np
 
     from moe_jax.evaluation import quality
-    from moe_jax.inference import execution
+    from moe_jax.prediction import recall_file
+    from moe_jax.prediction.interface import fingerprint
 
     directory = model.predictor_directory()
     if not directory or not Path(directory).is_dir():
@@ -160,7 +161,8 @@ def measure_recall(model, windows: dict, steps: int) -> None:
         with cli.progress(f"recall of {name}", steps) as advance:
             recall[name] = quality.recall_by_layer(model, name, part, ROWS.value, advance)
         print(name, " ".join("-" if r is None else f"{100 * r:.1f}%" for r in recall[name]))
-    execution.store_recall(directory, recall, list(windows))
+    identity = fingerprint(model.checkpoint.architecture, model.engine.dense)
+    recall_file.store(directory, identity, recall, list(windows))
     print(f"stored in {directory}")
     model.close()
 

@@ -3,13 +3,16 @@
     python train_predictor.py --config=configs/predictor.py [--text=FOLDER_OR_FILE ...] [--config.FIELD=VALUE ...]
     python train_predictor.py --score=shipped|FOLDER [--test_text=FILE ...]        nothing is trained: the tables only
     python train_predictor.py --calibrate=FOLDER [--validation_text=FILE ...]      its look-aheads' probabilities anew
+    python train_predictor.py --ablate=kl --ablate=kl+membership [--text=...]      losses compared on validation text
 
 Runs the model over text, logs activations to disk, fits the network, and prints recall by layer and horizon on texts it
 has not seen. Killed at any moment, the same command goes on where it stopped and ends with the same weights.
 """
 
 import dataclasses
+import functools
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -35,6 +38,9 @@ CALIBRATE = flags.DEFINE_string(
     "Train nothing: fit the probabilities of `router` and `default_vector` on --validation_text,"
     " and store them in this predictor's folder (or `shipped`).",
 )
+ABLATE = flags.DEFINE_multi_string(
+    "ablate", [], "Only fit with this loss, as config.fit.loss, and compare on --validation_text; repeatable."
+)
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write scores and timings to this file.")
 
 CHOSEN_ON = 96  # windows of the validation texts that the best predictor of every layer is chosen on
@@ -44,6 +50,8 @@ COMPARED = ("learned", "best_per_layer", "router", "default_vector", "repeat", "
 def main() -> None:
     if OUTPUT_JSON.value and not Path(OUTPUT_JSON.value).absolute().parent.is_dir():
         raise UserError(f"--output_json={OUTPUT_JSON.value}: its folder does not exist")
+    if bool(SCORE.value) + bool(CALIBRATE.value) + bool(ABLATE.value) > 1:
+        raise UserError("--score, --calibrate and --ablate are different things to do; give one of them")
     started = time.time()
     c = CONFIG.value.to_dict()
 
@@ -57,6 +65,7 @@ def main() -> None:
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
 
     settings = fit.FitConfig(**c["fit"], seed=c["seed"])
+    variants = {loss: dataclasses.replace(settings, loss=loss) for loss in ABLATE.value}
     if c["max_tokens"] < 1:
         raise UserError(f"config.max_tokens must be at least 1, not {c['max_tokens']}")
     offload = {"tier": c["tier"], "device_budget": c["device_budget"]}
@@ -64,7 +73,12 @@ def main() -> None:
     values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk}
     model = Model(Config.from_dict(values | {"prefetch": {"predictor": "none"}}))
     a = model.checkpoint.architecture
-    spec, parts = Spec.of(a, c["horizon"]), ModelParts.of(model.engine.dense)
+    horizon = min(c["horizon"], a.num_moe_layers)  # further ahead every layer has been seen
+    if horizon < 1:
+        raise UserError(f"config.horizon must be at least 1, not {c['horizon']}")
+    if horizon < c["horizon"]:
+        print(f"horizon: {horizon}, as this model has no more layers with experts", file=sys.stderr)
+    spec, parts = Spec.of(a, horizon), ModelParts.of(model.engine.dense)
     identity, output = fingerprint(a, model.engine.dense), Path(c["output"])
     if not 2 <= c["window"] < a.max_seq_len:
         raise UserError(f"config.window={c['window']} must be from 2 to {a.max_seq_len - 1} for this model")
@@ -85,6 +99,38 @@ def main() -> None:
         own = {name: predictors.params_of(name, spec, parts, weights) for name in calibration.LOOKAHEADS}
         found = {name: calibration.fit(name, params, spec, log, some(log)) for name, params in own.items()}
         calibration.store(directory, identity, found, [Path(name).name for name in chosen_on])
+
+    def fitted(settings, directory, title, log, validation, solved=None):
+        curves = scalars.writers(directory / "scalars")
+        with report.progress(title, settings.steps) as advance:
+
+            def measured(step, values):
+                advance(step, values)
+                for writer in curves:
+                    writer.write(step, values)
+
+            found = fit.fit(settings, spec, parts, log, validation, directory / "fit", measured, solved)
+        for writer in curves:
+            writer.close()
+        return found
+
+    def ablate(log, validation):
+        """One fit for every loss, all from one closed form, and what each finds of the validation texts."""
+        solved = functools.cache(lambda: fit.solve(settings, spec, parts, log))
+        closed = dataclasses.replace(settings, steps=0)
+        rows = []
+        for name, own in ({"closed form": closed} | variants).items():
+            began = time.time()
+            params, best = fitted(own, output / "ablation" / name.replace(" ", "_"), name, log, validation, solved)
+            seconds = time.time() - began
+            scores = metrics.evaluate(predictors.named("learned"), params, spec, validation)
+            rows.append(report.Fitted(name, best["recall"], int(best["step"]), seconds, scores))
+        report.print_ablation(rows, spec)
+        if OUTPUT_JSON.value:
+            tokens = {"train": int(log.windows.lengths.sum()), "validation": int(validation.windows.lengths.sum())}
+            document = {"config": c, "spec": dataclasses.asdict(spec), "model": identity, "tokens": tokens}
+            document["losses"] = [row.to_dict() for row in rows]
+            Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
 
     def some(log):
         """Windows of a log that choices are made on."""
@@ -120,20 +166,15 @@ def main() -> None:
     exclude = [*chosen_on, *tests, *ours["development"], *ours["held_out"]]
     train_plan = texts.plan(encode, sources, c["window"], c["max_tokens"], c["seed"], exclude=exclude)
     validation_plan = texts.plan(encode, chosen_on, c["window"])
-    log, validation, test = map(logged, ("train", "validation", "test"), (train_plan, validation_plan, test_plan))
+    log, validation = logged("train", train_plan), logged("validation", validation_plan)
+    if variants:
+        ablate(log, validation)
+        model.close()
+        return
+    test = logged("test", test_plan)
     logged_s = time.time() - started
 
-    curves = scalars.writers(output / "scalars")
-    with report.progress("fitting", settings.steps) as advance:
-
-        def measured(step, values):
-            advance(step, values)
-            for writer in curves:
-                writer.write(step, values)
-
-        params, best = fit.fit(settings, spec, parts, log, validation, output / "fit", measured)
-    for writer in curves:
-        writer.close()
+    params, best = fitted(settings, output, "fitting", log, validation)
     fitted_s = time.time() - started - logged_s
 
     vectors, unseen = lookahead.default_vectors(*log.outputs())

@@ -22,10 +22,8 @@ loader at the layer before, as certain (probability 1), and waited for, so what 
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -39,7 +37,6 @@ from moe_jax.model.router import choose, rank, weigh
 from moe_jax.prediction.interface import Prediction, Predictor, multi_hot
 
 PREDICTIVE = ("speculative", "speculative_gated", "hybrid")  # need a predictor
-RECALL_FILE = "recall.json"  # in a predictor's folder, see `store_recall`
 
 
 class Plan(NamedTuple):
@@ -222,8 +219,7 @@ def make(
     Args:
       a, dense: the model.
       predictor: whose predictions are run.
-      recall: for `hybrid`: by layer, recall on validation text of what is predicted for it one layer before; None where
-        nothing is.
+      recall: for `hybrid`: what `recall_file.stored` gave for the predictor.
       threshold: for `hybrid`: layers below it run exactly.
       bonus, capacity: for `cache_aware`; experts that the device holds, None if it holds all.
 
@@ -260,28 +256,6 @@ def make(
             )
         layers = [able and r is not None and r >= threshold for able, r in zip(layers, recall, strict=True)]
     return Planned(a.routing, layers, predicted_gates=mode == "speculative")
-
-
-def store_recall(directory: str | Path, recall: dict[str, list[float | None]], texts: Sequence[str]) -> None:
-    """Keeps, beside a trained predictor, how well each layer is predicted on validation text; other predictors' stays.
-
-    Args:
-      recall: by predictor and layer: recall@K of what is predicted for the layer one before it (for layer 0: before the
-        token enters); None where nothing is.
-      texts: names of the validation texts, for people.
-    """
-    file = Path(directory) / RECALL_FILE
-    others = json.loads(file.read_text())["recall"] if file.exists() else {}
-    document = {"texts": list(texts), "recall": others | recall}
-    file.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def stored_recall(directory: str | Path, predictor: str) -> list[float | None] | None:
-    """What `store_recall` kept for this predictor, or None."""
-    file = Path(directory) / RECALL_FILE
-    if not str(directory) or not file.exists():
-        return None
-    return json.loads(file.read_text())["recall"].get(predictor)
 
 
 def regate(logits: jax.Array, ids: jax.Array, routing: Routing) -> jax.Array:

@@ -26,8 +26,8 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.text import Tokenizer
 from moe_jax.model.decoder import Stages, committed, device_weights
 from moe_jax.model.experts import ExpertSource, widened
-from moe_jax.prediction import predictors
-from moe_jax.prediction.interface import Spec
+from moe_jax.prediction import predictors, recall_file
+from moe_jax.prediction.interface import Spec, fingerprint
 from moe_jax.prediction.oracle import Oracle, recorded
 
 
@@ -137,12 +137,16 @@ class Model:
         Raises:
           UserError: what the mode needs is missing.
         """
+        recall = None
+        if mode == "hybrid" and predictor:
+            identity = fingerprint(self.checkpoint.architecture, dense)
+            recall = recall_file.stored(self.predictor_directory(), identity, predictor[0].name)
         return execution.make(
             mode,
             self.checkpoint.architecture,
             dense,
             predictor and predictor[0],
-            recall=execution.stored_recall(self.predictor_directory(), predictor[0].name) if predictor else None,
+            recall=recall,
             threshold=self.config.speculation.threshold,
             bonus=self.config.speculation.bonus,
             capacity=store and store.capacity * share,

@@ -1,8 +1,8 @@
 """Fits the learned predictor to an activation log: a linear solution in closed form, then gradient descent.
 
 Least squares against the target layers' router logits gets the direct part near its best in one pass over the log,
-which thousands of gradient steps would not (`closed_form.py`). Gradient descent on the same error, and on binary
-cross-entropy of membership in the true top K, then trains all of it: outputs become calibrated probabilities.
+which thousands of gradient steps would not (`closed_form.py`). Gradient descent on a sum of losses (`losses.py`) then
+trains all of it: outputs become calibrated probabilities.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,17 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from moe_jax.errors import UserError
+from moe_jax.prediction import losses
 from moe_jax.prediction.activation_log import ActivationLog, Activations
-from moe_jax.prediction.closed_form import calibrate, least_squares, padded, unwhiten, used
+from moe_jax.prediction.closed_form import calibrate, least_squares, padded, unwhiten
 from moe_jax.prediction.interface import ModelParts, Spec
-from moe_jax.prediction.learned import Learned, window_inputs, window_targets
+from moe_jax.prediction.learned import Learned, window_inputs
 
 DIRECT = ("near", "far_in", "far_out", "gates", "previous", "echo_in", "echo_out")  # what the closed form gives
 Schedule = tuple[int, float, float]
 """Steps, and the peak learning rates of the hidden layer and of the direct part."""
+Solved = tuple[dict[str, Any], dict[str, np.ndarray]]
+"""The closed form: the network in the whitened basis, and that basis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,7 @@ class FitConfig:
     Attributes:
       hidden: width of the hidden layer that every token uses.
       expert_hidden: width of every expert's own.
+      loss: terms of `losses.py` joined by +.
       steps: gradient steps; 0 keeps the closed form.
       batch_windows: windows per step.
       learning_rate: peak rate of the hidden layers; the direct part, already solved for, gets `direct_rate` of it.
@@ -52,6 +56,7 @@ class FitConfig:
 
     hidden: int
     expert_hidden: int
+    loss: str
     steps: int
     batch_windows: int
     learning_rate: float
@@ -63,6 +68,7 @@ class FitConfig:
     patience: int
 
     def __post_init__(self):
+        losses.check(self.loss)
         least = {
             "hidden": 1,
             "expert_hidden": 1,
@@ -81,6 +87,14 @@ class FitConfig:
         return self.steps, self.learning_rate, self.learning_rate * self.direct_rate
 
 
+def solve(c: FitConfig, spec: Spec, parts: ModelParts, log: ActivationLog) -> Solved:
+    """The closed form that a fit starts from, whatever its loss and steps."""
+    began, rows = time.time(), np.arange(len(log.windows.tokens))
+    network, basis = least_squares(_initial(c, spec, parts), spec, log, rows, c.ridge, c.batch_windows)
+    logging.info("least squares took %.1f s", time.time() - began)
+    return calibrate(spec, network, basis, _few(c, log)), basis
+
+
 def fit(
     c: FitConfig,
     spec: Spec,
@@ -89,6 +103,7 @@ def fit(
     validation: ActivationLog,
     directory: str | Path,
     progress: Callable[[int, Mapping[str, float]], None] = lambda step, values: None,
+    solved: Callable[[], Solved] | None = None,
 ) -> tuple[Any, dict[str, float]]:
     """Trains, or resumes what was killed: the result is the same to the bit.
 
@@ -97,6 +112,7 @@ def fit(
       validation: of other text, which chooses and is not trained on.
       directory: for checkpoints; those of another configuration are refused.
       progress: told the loss at every step, and recall and loss on validation at every look.
+      solved: gives what `solve` does, where fits share it.
 
     Returns:
       Parameters of `Learned` with the best recall on the validation windows, and {"recall", "loss", "step"} of them.
@@ -105,8 +121,7 @@ def fit(
       UserError: the directory belongs to another run.
     """
     train, held_out = np.arange(len(log.windows.tokens)), np.arange(len(validation.windows.tokens))
-    network = Learned(c.hidden, c.expert_hidden).init(jax.random.key(c.seed), spec, parts)["network"]
-    state = _start(c, spec, network)
+    state = _start(c, spec, _initial(c, spec, parts))
     directory = Path(directory).absolute()
     run: dict[str, Any] = {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec)}
     run |= {"train": log.identity(), "validation": validation.identity()}
@@ -115,30 +130,30 @@ def fit(
     def look(state, step):
         sums = np.zeros(3)
         for start in range(0, len(held_out), c.batch_windows):
-            sums += np.asarray(_sums(spec, state, padded(validation, held_out[start:], c.batch_windows)), np.float64)
+            sums += np.asarray(
+                _sums(c.loss, spec, state, padded(validation, held_out[start:], c.batch_windows)), np.float64
+            )
         recall, loss = sums[1] / max(sums[0], 1), sums[2] / max(sums[0], 1)
         progress(step, {"validation_recall": recall, "validation_loss": loss})
         if recall <= float(state["best"]["recall"]):
             return state
         return state | {"best": _best(recall, loss, step, state["network"])}
 
-    few = log.read(_rows(train, 0, min(c.batch_windows, 4), c.seed))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(directory / "checkpoints", options=options) as manager:
         if (latest := manager.latest_step()) is not None:
             state = manager.restore(latest, args=ocp.args.StandardRestore(state))
             logging.info("resumed the fit from step %d of %d", latest, c.steps)
         else:
-            began = time.time()
-            solved, basis = least_squares(network, spec, log, train, c.ridge, c.batch_windows)
-            state |= {"network": calibrate(spec, solved, basis, few), "basis": basis}
-            logging.info("least squares took %.1f s", time.time() - began)
+            network, basis = solved() if solved else solve(c, spec, parts, log)
+            state |= {"network": network, "basis": basis}
             state = look(state, 0)
             manager.save(0, args=ocp.args.StandardSave(state))
         for step in range(int(np.asarray(state["step"])), c.steps):
             if step - int(state["best"]["step"]) >= c.patience * c.evaluate_every:
                 break
-            state, loss = _update(c.schedule(), spec, state, log.read(_rows(train, step, c.batch_windows, c.seed)))
+            batch = log.read(_rows(train, step, c.batch_windows, c.seed))
+            state, loss = _update(c.schedule(), c.loss, spec, state, batch)
             done = step + 1
             progress(done, {"loss": float(loss)})
             if done % c.evaluate_every == 0 or done == c.steps:
@@ -147,9 +162,18 @@ def fit(
                 manager.save(done, args=ocp.args.StandardSave(state), force=True)
     best = state["best"]
     # Scale and shift follow slowly while the logits under them improve.
-    network = calibrate(spec, best["network"], state["basis"], few)
+    network = calibrate(spec, best["network"], state["basis"], _few(c, log))
     params = {"network": jax.jit(unwhiten)(network, state["basis"]), "eps": jnp.float32(spec.norm_eps)}
     return params, {name: float(best[name]) for name in ("recall", "loss", "step")}
+
+
+def _initial(c: FitConfig, spec: Spec, parts: ModelParts) -> dict[str, Any]:
+    return Learned(c.hidden, c.expert_hidden).init(jax.random.key(c.seed), spec, parts)["network"]
+
+
+def _few(c: FitConfig, log: ActivationLog) -> Activations:
+    """A few windows, to fit scale and shift to."""
+    return log.read(_rows(np.arange(len(log.windows.tokens)), 0, min(c.batch_windows, 4), c.seed))
 
 
 def _start(c: FitConfig, spec: Spec, network: dict[str, Any]) -> dict[str, Any]:
@@ -169,58 +193,33 @@ def _best(recall: float, loss: float, step: int, network: dict[str, Any]) -> dic
     return numbers | {"step": np.array(step, np.int32), "network": network}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _update(schedule: Schedule, spec: Spec, state: dict[str, Any], a: Activations) -> tuple[dict[str, Any], jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _update(
+    schedule: Schedule, loss: str, spec: Spec, state: dict[str, Any], a: Activations
+) -> tuple[dict[str, Any], jax.Array]:
     """One gradient step; the new state and the loss before it."""
-    inputs = window_inputs(spec.norm_eps, a, spec.horizon)
-    wanted = _wanted(spec, a)
+    inputs, wanted = window_inputs(spec.norm_eps, a, spec.horizon), losses.wanted(spec, a)
 
     def objective(network):
         logits, margins = Learned().score_windows(unwhiten(network, state["basis"]), inputs, spec.top_k)
-        return (_losses(wanted, logits, margins).mean(-1) * wanted.known).sum() / jnp.maximum(wanted.known.sum(), 1)
+        value = losses.total(loss, wanted, logits, margins)
+        return (value * wanted.known).sum() / jnp.maximum(wanted.known.sum(), 1)
 
-    loss, gradient = jax.value_and_grad(objective)(state["network"])
+    value, gradient = jax.value_and_grad(objective)(state["network"])
     updates, optimizer_state = _optimizer(schedule).update(gradient, state["optimizer"], state["network"])
     network = optax.apply_updates(state["network"], updates)
-    return state | {"step": state["step"] + 1, "network": network, "optimizer": optimizer_state}, loss
+    return state | {"step": state["step"] + 1, "network": network, "optimizer": optimizer_state}, value
 
 
-class Wanted(NamedTuple):
-    """What some windows say the answers are, [P, R, H, E]."""
-
-    members: jax.Array  # multi-hot true top K
-    logits: jax.Array  # of the router, centred
-    known: jax.Array  # bool [P, R, H]
-
-
-def _wanted(spec: Spec, a: Activations) -> Wanted:
-    logits = a.logits.astype(jnp.float32)
-    centred, known = window_targets(logits - logits.mean(-1, keepdims=True), a.lengths, spec.horizon)
-    return Wanted(window_targets(used(a, spec), a.lengths, spec.horizon)[0], centred, known)
-
-
-def _losses(wanted: Wanted, logits: jax.Array, margins: jax.Array) -> jax.Array:
-    """Squared error of the router's logits, over their variance, and cross-entropy of membership, [P, R, H, E].
-
-    All of the router's logits say far more than which K of them are the largest, and near ones can be told almost
-    exactly; far ones cannot, and there it is membership that counts.
-    """
-    known = wanted.known[..., None]
-    count = jnp.maximum(known.sum((1, 3), keepdims=True), 1) * logits.shape[-1]
-    variance = (wanted.logits**2 * known).sum((1, 3), keepdims=True) / count + 1e-6  # [P, 1, H, 1]
-    error = (logits - logits.mean(-1, keepdims=True) - wanted.logits) ** 2 / variance
-    return error + optax.sigmoid_binary_cross_entropy(margins, wanted.members)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sums(spec: Spec, state: dict[str, Any], a: Activations) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sums(loss: str, spec: Spec, state: dict[str, Any], a: Activations) -> jax.Array:
     """Of all known targets of some windows: their number, their recall and their loss, float32 [3]."""
-    inputs, wanted = window_inputs(spec.norm_eps, a, spec.horizon), _wanted(spec, a)
+    inputs, wanted = window_inputs(spec.norm_eps, a, spec.horizon), losses.wanted(spec, a)
     logits, margins = Learned().score_windows(unwhiten(state["network"], state["basis"]), inputs, spec.top_k)
     ranked = jax.lax.top_k(margins, spec.top_k)[1]
     recall = jnp.take_along_axis(wanted.members, ranked, axis=-1).sum(-1) / spec.top_k * wanted.known
-    losses = _losses(wanted, logits, margins).mean(-1) * wanted.known
-    return jnp.stack([wanted.known.sum().astype(jnp.float32), recall.sum(), losses.sum()])
+    value = losses.total(loss, wanted, logits, margins) * wanted.known
+    return jnp.stack([wanted.known.sum().astype(jnp.float32), recall.sum(), value.sum()])
 
 
 def _optimizer(schedule: Schedule) -> optax.GradientTransformation:

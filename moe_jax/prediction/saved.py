@@ -14,11 +14,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax.errors import UserError
-from moe_jax.prediction import calibration
+from moe_jax.prediction import calibration, recall_file
 from moe_jax.prediction.interface import Spec
 from moe_jax.prediction.learned import NEAR
 
 SCHEMA = 3
+CARD = "predictor.json"
 
 
 def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str, notes: dict[str, Any]) -> None:
@@ -32,12 +33,15 @@ def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str,
     """
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
+    # The card first, so that a folder that was half written is no predictor; what was measured is of earlier weights.
+    for name in (CARD, calibration.FILE, recall_file.FILE):
+        (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "weights", ignore_errors=True)
     half = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), weights)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / "weights", half)
     card = {"schema": SCHEMA, "model": model, "spec": dataclasses.asdict(spec), "notes": notes}
-    (directory / "predictor.json").write_text(json.dumps(card, indent=1) + "\n")
+    (directory / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
 
 def load(directory: str | Path, spec: Spec, model: str) -> Any:
@@ -48,7 +52,7 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
     """
     directory = Path(directory).absolute()
     try:
-        card = json.loads((directory / "predictor.json").read_text())
+        card = json.loads((directory / CARD).read_text())
         if card["schema"] != SCHEMA:
             raise UserError(f"predictor {directory} has another format; train it again with train_predictor.py")
         trained, trained_for = Spec.from_dict(card["spec"]), card["model"]

@@ -13,7 +13,6 @@ from moe_jax.analysis import pareto
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.evaluation import quality
-from moe_jax.inference import execution
 from moe_jax.inference.session import Model
 from tests import reference
 from tests.tiny import TINY, write_tiny
@@ -78,15 +77,6 @@ def test_generations_take_turns_and_are_compared_with_exact(model):
         assert len(way.step_s) == 2 * 7 and way.trace.summary()["tokens"] == 2 * 7
         if way.predictor == "none":  # what is waited for is then exactly what is demanded
             assert speed.waited_bytes == pytest.approx(speed.demand_bytes) and speed.speculative_bytes == 0
-
-
-def test_recall_is_stored_beside_the_predictor(tmp_path):
-    assert execution.stored_recall(tmp_path, "router") is None and execution.stored_recall("", "router") is None
-    execution.store_recall(tmp_path, {"router": [None, 0.5]}, ["text"])
-    assert execution.stored_recall(tmp_path, "router") == [None, 0.5]
-    assert execution.stored_recall(tmp_path, "repeat") is None
-    execution.store_recall(tmp_path, {"repeat": [None, 0.1]}, ["text"])
-    assert execution.stored_recall(tmp_path, "router") == [None, 0.5]
 
 
 def test_the_pareto_front():

@@ -16,6 +16,7 @@ from tests.prediction.test_learned import noisy
 CONFIG = fit.FitConfig(
     hidden=4,
     expert_hidden=2,
+    loss="squared+membership",
     steps=12,
     batch_windows=4,
     learning_rate=1e-2,

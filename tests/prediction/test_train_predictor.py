@@ -112,14 +112,33 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     assert weights(place / "killed") == weights(place / "whole")
 
 
+def test_losses_are_compared_from_one_closed_form(place):
+    few = ["--config.horizon=1", "--config.fit.steps=2", "--config.max_tokens=500", "--config.fit.evaluate_every=1"]
+    losses = ["--ablate=kl", "--ablate=ranking+membership"]
+    done = run(place, "ablated", *few, *losses, f"--output_json={place}/ablation.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((place / "ablation.json").read_text())["losses"]
+    assert [fit["loss"] for fit in found] == ["closed form", "kl", "ranking+membership"]
+    best = max(found, key=lambda fit: fit["recall"])
+    assert f"all layers and horizons: {best['loss']}, {100 * best['recall']:.2f}%" in done.stdout
+    curves = [
+        place / "ablated" / "ablation" / name / "scalars" / "scalars.jsonl" for name in ("kl", "ranking+membership")
+    ]
+    kl, other = ([json.loads(line) for line in file.read_text().splitlines()] for file in curves)
+    assert kl[0]["validation_recall"] == other[0]["validation_recall"]  # one start, of which each says something else
+    assert kl[0]["validation_loss"] != other[0]["validation_loss"] and kl[-1] != other[-1]
+    assert not (place / "ablated" / "predictor").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--text=nowhere"], "text nowhere does not exist"),
         (["--config.window=999"], "config.window=999 must be from 2 to 255"),
-        (["--config.horizon=9"], "a horizon of 9 does not fit a model of 5 layers"),
+        (["--config.horizon=0"], "config.horizon must be at least 1, not 0"),
         (["--config.fit.steps=-1"], "config.fit.steps must be at least 0"),
         (["--score=nowhere"], "nowhere holds no trained predictor"),
+        (["--ablate=kl", "--score=shipped"], "give one of them"),
         (["--config.max_tokens=0"], "config.max_tokens must be at least 1"),
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.prediction.activation_log import ActivationLog, Activations
@@ -22,7 +23,7 @@ class RankedLog(ActivationLog):
 
     def __init__(self, log: ActivationLog, spec: Spec, corrections: np.ndarray | None):
         self.__dict__.update(vars(log))
-        correction = None if corrections is None else corrections[:, None]  # [L, 1, E]
+        correction = None if corrections is None else jnp.asarray(corrections)[:, None]  # [L, 1, E]
         self._evidence = jax.jit(lambda logits: evidence(logits, spec.routing, correction))
 
     def read(self, windows: Sequence[int] | np.ndarray) -> Activations:

@@ -11,6 +11,7 @@ of greedy generations of one prompt at a time, which take turns. See `moe_jax/in
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -23,8 +24,10 @@ MODES = ("exact", "speculative", "speculative_gated", "hybrid", "cache_aware")
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/mixtral.py", "Model, offload and prefetch configuration.")
 TEXT = flags.DEFINE_multi_string("text", [], "File to read; repeatable. Default: the shipped test texts.")
-CHOSEN = flags.DEFINE_list("modes", list(MODES), "Execution modes; exact is always there, to compare with.")
-PREDICTORS = flags.DEFINE_list("predictors", ["none", "router", "learned"], "Predictors to run each mode with.")
+CHOSEN = flags.DEFINE_list("modes", list(MODES), "Execution modes; exact is always there. Default: all that can run.")
+PREDICTORS = flags.DEFINE_list(
+    "predictors", ["none", "router", "learned"], "Predictors to run each mode with. Default: those that there are."
+)
 TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens to read of each text, from its start.")
 WINDOW = flags.DEFINE_integer("window", 256, "Tokens of context: texts are cut into windows of so many.")
 ROWS = flags.DEFINE_integer("rows", 16, "Windows that decode together, a power of two.")
@@ -76,7 +79,8 @@ def main() -> None:
     if MEASURE_RECALL.value:
         measure_recall(model, windows, steps)
         return
-    chosen = quality.ways(model, CHOSEN.value, PREDICTORS.value, rows)
+    names, unmeasured = available(model)
+    chosen = quality.ways(model, CHOSEN.value, names, rows, unmeasured)
     distinct = list({way.reads_like: way for way in chosen}.values())
     by_text, done = {}, 0
     with cli.progress(
@@ -110,6 +114,32 @@ def main() -> None:
     if PLOT.value:
         pareto.plot(table, PLOT.value)
     model.close()
+
+
+def available(model) -> tuple[list, set]:
+    """Predictors to run, and those that `hybrid` is left out for, where the user has not chosen."""
+    from moe_jax.prediction import recall_file
+    from moe_jax.prediction.interface import fingerprint
+
+    directory, names = model.predictor_directory(), list(PREDICTORS.value)
+    if not directory and not PREDICTORS.present:
+        names = ["none", "router"]
+        print("predictors: none, router; for more train_predictor.py and --config.prefetch.checkpoint", file=sys.stderr)
+    if CHOSEN.present:
+        if names == ["none"] and set(CHOSEN.value) <= {"speculative", "speculative_gated", "hybrid"}:
+            raise UserError(
+                f"--modes={','.join(CHOSEN.value)} run what is predicted; name a predictor with --predictors"
+            )
+        return names, set()
+    identity = fingerprint(model.checkpoint.architecture, model.engine.dense)
+    unmeasured = {n for n in names if n != "none" and recall_file.stored(directory, identity, n) is None}
+    if unmeasured:
+        print(
+            f"hybrid is left out for {', '.join(sorted(unmeasured))}: it needs evaluate.py --measure_recall"
+            " --config.prefetch.checkpoint=DIR",
+            file=sys.stderr,
+        )
+    return names, unmeasured
 
 
 def read_texts(model) -> dict:

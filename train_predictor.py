@@ -12,6 +12,7 @@ has not seen. Killed at any moment, the same command goes on where it stopped an
 import dataclasses
 import functools
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -25,9 +26,13 @@ from moe_jax.errors import UserError
 CONFIG = config_flags.DEFINE_config_file("config", "configs/predictor.py", "Model, text budget and fit.")
 TEXT = flags.DEFINE_multi_string("text", [], "File or folder to train on; repeatable. Default: Python's own library.")
 VALIDATION_TEXT = flags.DEFINE_multi_string(
-    "validation_text", [], "File that chooses when to stop; repeatable. Default: the shipped development texts."
+    "validation_text",
+    [],
+    "File or folder that chooses when to stop; repeatable. Default: the shipped development texts.",
 )
-TEST_TEXT = flags.DEFINE_multi_string("test_text", [], "File to test on; repeatable. Default: the shipped test texts.")
+TEST_TEXT = flags.DEFINE_multi_string(
+    "test_text", [], "File or folder to test on; repeatable. Default: the shipped test texts."
+)
 SCORE = flags.DEFINE_string(
     "score", None, "Train nothing: score this predictor's folder, or `shipped`, on --test_text."
 )
@@ -67,13 +72,23 @@ def main() -> None:
     variants = {loss: dataclasses.replace(settings, loss=loss) for loss in ABLATE.value}
     if c["max_tokens"] < 1:
         raise UserError(f"config.max_tokens must be at least 1, not {c['max_tokens']}")
+    output = Path(c["output"])
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"config.output={output}: no folder can be made there ({error.strerror})") from None
     offload = {"tier": c["tier"], "device_budget": c["device_budget"]}
     chunk = activations.BATCH * c["window"]  # a batch of windows is one prefill chunk
     values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk}
     model = Model(Config.from_dict(values | {"prefetch": {"predictor": "none"}}))
     a = model.checkpoint.architecture
-    spec, parts = Spec.of(a, c["horizon"]), ModelParts.of(model.engine.dense)
-    identity, output = fingerprint(a, model.engine.dense), Path(c["output"])
+    horizon = min(c["horizon"], a.num_moe_layers)  # further ahead every layer has been seen
+    if horizon < 1:
+        raise UserError(f"config.horizon must be at least 1, not {c['horizon']}")
+    if horizon < c["horizon"]:
+        print(f"horizon: {horizon}, as this model has no more layers with experts", file=sys.stderr)
+    spec, parts = Spec.of(a, horizon), ModelParts.of(model.engine.dense)
+    identity = fingerprint(a, model.engine.dense)
     if not 2 <= c["window"] < a.max_seq_len:
         raise UserError(f"config.window={c['window']} must be from 2 to {a.max_seq_len - 1} for this model")
 

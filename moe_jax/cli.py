@@ -34,7 +34,11 @@ def run(main: Callable[[], None]) -> None:
             fail(str(error))
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
+            # Not through Python's own end, in which threads that write checkpoints still run: they raise, or crash.
+            # What is on disk is whole at any moment, as it is when a run is killed.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
 
     app.run(guarded, flags_parser=_parse)
 

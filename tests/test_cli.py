@@ -11,6 +11,7 @@ from moe_jax import cli
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
+import threading
 from absl import flags
 from ml_collections import config_flags
 from moe_jax import cli
@@ -22,6 +23,8 @@ FAULT = flags.DEFINE_string("fault", "", "")
 
 def main():
     if FAULT.value == "interrupt":
+        print("what was said")
+        threading.Thread(target=threading.Event().wait).start()  # never ends
         raise KeyboardInterrupt
     if FAULT.value == "bug":
         raise RuntimeError("a bug")
@@ -43,7 +46,7 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
         arguments = (f"--config={ROOT / 'configs' / 'mixtral.py'}", *arguments)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **cli.MALLOC}  # set already: no second start
     command = [sys.executable, script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_values_arrive(script):
 def test_interrupt(script):
     result = run(script, "--fault=interrupt")
     assert result.returncode == 130
-    assert result.stderr.strip() == "interrupted"
+    assert result.stderr.strip() == "interrupted" and result.stdout == "what was said\n"
 
 
 def test_a_bug_keeps_its_traceback(script):

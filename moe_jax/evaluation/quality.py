@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -48,13 +48,16 @@ class Way:
         return (self.mode, "none" if self.mode in ("exact", "cache_aware") else self.predictor)
 
 
-def ways(model: Model, modes: Sequence[str], names: Sequence[str], rows: int) -> list[Way]:
+def ways(
+    model: Model, modes: Sequence[str], names: Sequence[str], rows: int, unmeasured: Collection[str] = ()
+) -> list[Way]:
     """Every mode with every predictor that makes sense, over the model's own store; first of all `exact`.
 
     Args:
       model: loaded with experts off the device.
       names: predictors; "none" is left out where a mode needs one.
       rows: windows that decode together.
+      unmeasured: predictors that `hybrid` is left out for.
 
     Raises:
       UserError: a mode or predictor that is unknown, lacks something, or the experts are all on the device.
@@ -67,7 +70,7 @@ def ways(model: Model, modes: Sequence[str], names: Sequence[str], rows: int) ->
     found = []
     for mode in dict.fromkeys(["exact", *modes]):
         for name in names:
-            if name == "none" and mode in execution.PREDICTIVE:
+            if name == "none" and mode in execution.PREDICTIVE or mode == "hybrid" and name in unmeasured:
                 continue
             engines = [
                 Engine(

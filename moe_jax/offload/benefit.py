@@ -5,7 +5,7 @@ from __future__ import annotations
 
 WINDOW = 16
 """Tokens that the averages reach back over, and between two changes of mind."""
-TRIAL = 4
+TRIAL = 2
 """Tokens that the first decision waits for."""
 
 
@@ -19,9 +19,9 @@ class Benefit:
         self._stall = self._hidden = 0.0  # of the token that runs, seconds
         self._average = 0.0
 
-    def found(self, prefetched: int, load_s: float) -> None:
-        """A layer found so many experts in place through speculation; waiting for each would have taken `load_s`."""
-        self._hidden += prefetched * load_s
+    def hid(self, seconds: float) -> None:
+        """Speculation has spared a layer so much waiting."""
+        self._hidden += seconds
 
     def stalled(self, seconds: float) -> None:
         """The decode thread waited."""

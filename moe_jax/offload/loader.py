@@ -70,9 +70,9 @@ class Loader:
         self._pending: dict[Key, None] = {}  # of the current request, not taken yet
         self._wanted: dict[Key, None] = {}  # what a `take` blocks on
         self._failures: dict[Key, LoadError] = {}
-        self._layer = 0
-        self._layer_s = self._copy_s = 0.0  # moving averages; 0: unknown
-        self._last_request = self._stalled = 0.0
+        self._layer = self._need = 0  # the layer that runs, and the number of its experts
+        self._copy_s = 0.0  # moving average; 0: unknown
+        self._last_request = 0.0
         self._busy = 1.0  # moving average of the share of the time that the link is busy
 
     # Called by the decode thread.
@@ -82,14 +82,16 @@ class Loader:
         with self._lock:
             self._check_usable()
             self._poll()
-            self._clock(time.perf_counter())
+            now = time.perf_counter()
+            self._clock(now)
             self._layer = layer
             self._outlook.passed(layer, [expert for _, expert in keys])
             self._pending = dict.fromkeys(keys)
+            self._need = len(keys)
             self._demand.clear()
             self._failures.clear()
             outcomes: list[Outcome] = [self._classify(key) for key in keys]
-            self.benefit.found(outcomes.count("prefetched"), self._copy_s)
+            self.benefit.hid(sum(map(self._spared, keys, outcomes, [now] * len(keys))))
             for key in keys:
                 self.store.use(key)
             if self._demand:
@@ -116,7 +118,6 @@ class Loader:
                 finally:
                     self._wanted = {}
                 stall = time.perf_counter() - began
-                self._stalled += stall
                 self.benefit.stalled(stall)
             for key in keys:
                 self._pending.pop(key, None)
@@ -136,7 +137,8 @@ class Loader:
         """Predictions float32 [H, E] for the layers after `layer`."""
         with self._lock:
             self._outlook.offer(layer, probabilities)
-            self._kick()
+            if self._worth_a_look():
+                self._kick()
 
     def unpin_all(self) -> None:
         """Forgets the pins of a step that was interrupted between `take` and `release`."""
@@ -184,6 +186,10 @@ class Loader:
     def _poll(self) -> None:
         """Notices copies that have arrived, where nobody else does."""
 
+    def _worth_a_look(self) -> bool:
+        """Whether a new prediction can give work. Waking a thread for nothing costs the decode thread its turn."""
+        return self._outlook.any_likely()
+
     def _give_up(self) -> bool:
         """Drops a speculative load that has begun and waits for its turn; whether there was one."""
         return False
@@ -208,15 +214,12 @@ class Loader:
             )
 
     def _clock(self, now: float) -> None:
-        """Moving averages of the time between requests, time blocked left out, and of how busy the link is."""
+        """Moving average of how busy the link is, from one request to the next."""
         busy_s = self._busy_s(now)
-        if self._last_request:
-            if busy_s is not None:
-                self._busy += 0.02 * (min(busy_s / (now - self._last_request), 1.0) - self._busy)
-                self._outlook.busy(self._busy)
-            gap = max(now - self._last_request - self._stalled, 0.0)
-            self._layer_s = gap if not self._layer_s else 0.9 * self._layer_s + 0.1 * gap
-        self._last_request, self._stalled = now, 0.0
+        if self._last_request and busy_s is not None:
+            self._busy += 0.02 * (min(busy_s / (now - self._last_request), 1.0) - self._busy)
+            self._outlook.busy(self._busy)
+        self._last_request = now
 
     def _classify(self, key: Key) -> Outcome:
         entry = self.store.resident.get(key)
@@ -227,6 +230,12 @@ class Loader:
             return "late" if load.cause == "speculative" else "missed"
         self._demand[key] = None
         return "missed"
+
+    def _spared(self, key: Key, outcome: Outcome, now: float) -> float:
+        """Seconds of waiting for `key` that speculation has spared the layer that needs it."""
+        if outcome == "late":
+            return min(now - self.store.in_flight[key].t_issue, self._copy_s)
+        return self._copy_s if outcome == "prefetched" else 0.0
 
     def _next_demand(self) -> Key | None:
         for key in self._wanted:
@@ -260,7 +269,9 @@ class Loader:
 
     def _speculation(self) -> Key | None:
         """The expert most worth a speculative copy, with room made for it, if there is one."""
-        best = self._outlook.best(self._layer, self._copy_s / self._layer_s if self._layer_s else 0.0)
+        # Where a layer's experts fill the store, the next layer's take the place of what is loaded for later ones.
+        reach = 1 if self.store.capacity <= self._need else None
+        best = self._outlook.best(self._layer, reach)
         if best is None:
             return None
         key, probability = best

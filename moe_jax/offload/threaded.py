@@ -96,6 +96,9 @@ class ThreadLoader(Loader):
         elif not self._moving:  # a thread that moves something looks for more by itself
             self._work.notify()
 
+    def _worth_a_look(self) -> bool:
+        return self._guess is not None or super()._worth_a_look()
+
     def _obtain(self) -> None:
         self._work.notify_all()
         while not all(key in self.store.resident for key in self._wanted):

@@ -42,8 +42,8 @@ class Activations(NamedTuple):
     tokens: Any = None  # int32 [W, T]; `read` gives them, `write` knows them from its windows
 
 
-_NAMES = Activations._fields[:-2]
-_DTYPES = dict(zip(_NAMES, (np.float16, np.float16, np.float16, np.uint16, np.float16), strict=True))
+ARRAYS = Activations._fields[:-2]
+_DTYPES = dict(zip(ARRAYS, (np.float16, np.float16, np.float16, np.uint16, np.float16), strict=True))
 
 
 class Outputs(NamedTuple):
@@ -125,7 +125,7 @@ class ActivationLog:
         partial = self._path(shard).with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        for name in _NAMES:
+        for name in ARRAYS:
             array = getattr(activations, name)
             shape = array.shape[:-1] if array.ndim == 4 else (array.shape[0], self.shapes[0], array.shape[1])
             if shape != expected:
@@ -135,7 +135,7 @@ class ActivationLog:
         os.rename(partial, self._path(shard))
 
     def read(
-        self, windows: Sequence[int] | np.ndarray, layer: int | None = None, only: Sequence[str] = _NAMES
+        self, windows: Sequence[int] | np.ndarray, layer: int | None = None, only: Sequence[str] = ARRAYS
     ) -> Activations:
         """Copies the activations of these windows, in this order, out of the memory-mapped shards.
 
@@ -147,17 +147,17 @@ class ActivationLog:
         for window in windows:
             shard, row = divmod(int(window), SHARD_WINDOWS)
             if shard not in self._open:
-                files = [self._path(shard) / f"{name}.npy" for name in _NAMES]
+                files = [self._path(shard) / f"{name}.npy" for name in ARRAYS]
                 try:
                     self._open[shard] = [np.load(file, mmap_mode="r") for file in files]
                 except (OSError, ValueError) as error:
                     raise self._unreadable(shard, error) from None
-            by_name = dict(zip(_NAMES, self._open[shard], strict=True))
+            by_name = dict(zip(ARRAYS, self._open[shard], strict=True))
             at = {name: row if layer is None or name == "embedding" else (row, layer) for name in only}
             picked.append([by_name[name][at[name]] for name in only])
         columns = dict(zip(only, (np.stack(column) for column in zip(*picked, strict=True)), strict=True))
         chosen = np.asarray(windows)
-        arrays = [columns.get(name) for name in _NAMES]
+        arrays = [columns.get(name) for name in ARRAYS]
         return Activations(*arrays, self.windows.lengths[chosen], self.windows.tokens[chosen])
 
     def outputs(self) -> Outputs:

@@ -29,6 +29,7 @@ from moe_jax.prediction.activation_log import ActivationLog, Activations
 from moe_jax.prediction.closed_form import calibrate, least_squares, padded, rows_of, unwhiten
 from moe_jax.prediction.interface import ModelParts, Spec
 from moe_jax.prediction.learned import Learned, params_of, score_windows, window_inputs
+from moe_jax.prediction.ranked_log import ranked
 
 HIDDEN = ("expert_in", "expert_bias", "expert_out")  # what the closed form leaves to be found
 Schedule = tuple[int, float, float]
@@ -89,6 +90,7 @@ class FitConfig:
 
 def solve(c: FitConfig, spec: Spec, parts: ModelParts, log: ActivationLog) -> Solved:
     """The closed form that a fit starts from, whatever its loss and steps."""
+    log = ranked(log, spec, parts)
     began, rows = time.time(), np.arange(len(log.windows.tokens))
     network, row = _initial(c, spec, parts, log)
     network, basis = least_squares(network, row, spec, log, rows, c.ridge, c.batch_windows)
@@ -121,6 +123,7 @@ def fit(
     Raises:
       UserError: the directory belongs to another run.
     """
+    log, validation = ranked(log, spec, parts), ranked(validation, spec, parts)
     train, held_out = np.arange(len(log.windows.tokens)), np.arange(len(validation.windows.tokens))
     state = _start(c, spec, *_initial(c, spec, parts, log))
     directory = Path(directory).absolute()

@@ -22,14 +22,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.model.architecture import Routing
 from moe_jax.prediction.activation_log import Activations
 from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Rule, Spec
+from moe_jax.prediction.membership import evidence
 
 READ = (1, 3)
 """Layers ahead for which a layer reads the residual, through as many directions as there are experts."""
 NEWS = (4, 8)
 """Further ones, which are corrected by what the router's logits say."""
-BY_LAYER = ("read", "centre", "mix", "gates", "bias", "keep", "echo", "expert_in", "expert_bias", "expert_out")
+BY_LAYER = (
+    "read",
+    "centre",
+    "mix",
+    "gates",
+    "bias",
+    "keep",
+    "echo",
+    "expert_in",
+    "expert_bias",
+    "expert_out",
+    "correction",
+)
 
 
 def ahead_of(num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -77,6 +91,8 @@ class Learned:
             "scale": jnp.ones((L + 1, spec.horizon)),  # place 0 is before layer 0, place l + 1 is layer l
             "shift": zeros((L + 1, spec.horizon)),
         }
+        if spec.routing.correction_bias:  # not trained: the model's own
+            network["correction"] = zeros((L, E)) if parts.corrections is None else jnp.asarray(parts.corrections)
         return params_of(network, spec)
 
     def init_state(self, spec: Spec, batch: int) -> Any:
@@ -88,7 +104,7 @@ class Learned:
     def at(self, params: Any, layer: Any) -> Any:
         """The part of the parameters that `apply` reads at layer int or int32 []; `apply` takes it in their stead."""
         network = params["network"]
-        here = {name: network[name][layer] for name in BY_LAYER}
+        here = {name: network[name][layer] for name in BY_LAYER if name in network}
         here |= {name: network[name][layer + 1] for name in ("scale", "shift")}
         return params | {"network": here}
 
@@ -99,7 +115,8 @@ class Learned:
         gates, ids = features.gates, features.ids
         x = normalise(features.residual, params["eps"])
         read = x @ own["read"] + own["centre"]
-        news = (centred(features.logits) - base[:, 0]) @ own["mix"]
+        told = centred(ranked_by(features.logits, own, params["rule"].routing))
+        news = (told - base[:, 0]) @ own["mix"]
         of_gates = jnp.einsum("bk,bko->bo", gates, own["gates"][ids])
         inner = jnp.einsum("bd,bkdm->bkm", x, own["expert_in"][ids]) + own["expert_bias"][ids]
         of_experts = jnp.einsum("bk,bkm,bkme->be", gates, jax.nn.gelu(inner), own["expert_out"][ids])
@@ -174,6 +191,13 @@ def normalise(residual: Array, eps: Any) -> jax.Array:
     """RMS norm without a weight, float32."""
     x = jnp.asarray(residual, jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def ranked_by(logits: Array, own: Any, routing: Routing) -> jax.Array:
+    """Router logits as `ranked_log.py` gives them to the fit: the largest are those that the model chooses."""
+    if not routing.correction_bias and routing.num_groups == 1:
+        return jnp.asarray(logits)
+    return evidence(jnp.asarray(logits, jnp.float32), routing, own.get("correction"))
 
 
 def centred(logits: Array) -> jax.Array:

@@ -58,12 +58,12 @@ def plan(
       encode: text to token ids, bos included.
       sources: files or folders; each gets an equal share of the budget, its documents in an order given by `seed`.
       max_tokens: budget; None takes everything, in the order of the files.
-      exclude: files whose text must not be learned from: a document that shares lines with them is left out.
+      exclude: files or folders whose text must not be learned from: a document that shares lines with them is left out.
 
     Raises:
       UserError: a source is missing or holds no text.
     """
-    banned = set().union(*(_line_ends(Path(path).read_text(encoding="utf-8")) for path in exclude))
+    banned = set().union(*(_line_ends(text) for path in exclude for _, text in _documents(Path(path), None)))
     rows, lengths, documents, names = [], [], [], []
     for source in sources:
         taken, found = 0, False

@@ -7,7 +7,7 @@ def tokens(benefit, count, *, hidden=0.0, stall=0.0, cost=1.0):
     """The decisions of so many tokens, in each of which one expert was found early and one waited for."""
     decisions = []
     for _ in range(count):
-        benefit.found(1, hidden)
+        benefit.hid(hidden)
         benefit.stalled(stall)
         decisions.append(benefit.pays(cost))
     return decisions
@@ -24,7 +24,7 @@ def test_predictions_that_pay_go_on():
 def test_the_trial_weighs_its_tokens_alike_and_not_the_prompt():
     benefit = Benefit()
     tokens(benefit, 1, hidden=0.0, stall=900.0)  # the prompt
-    hidden = [2.0, 0.0, 2.5] + [0.0] * (TRIAL - 3)
+    hidden = [1.1 * TRIAL] + [0.0] * (TRIAL - 1)
     assert all(decision for each in hidden for decision in tokens(benefit, 1, hidden=each))
     benefit = Benefit()
     tokens(benefit, 1, hidden=900.0)
@@ -50,6 +50,6 @@ def test_one_slow_token_changes_nothing():
 def test_several_layers_of_a_token_add_up():
     benefit = Benefit()
     for _ in range(3 * WINDOW):
-        benefit.found(2, 0.3)
-        benefit.found(1, 0.5)
+        benefit.hid(0.6)
+        benefit.hid(0.5)
         assert benefit.pays(1.0)

@@ -59,7 +59,7 @@ def warm(s, *keys):
 def test_demand_comes_before_speculation_and_one_speculation_is_in_flight(opened):
     bank = WatchedBank(8, gated=True)
     s = opened(bank, 8, "thread")
-    s.offer(0, predictions({1: 0.9, 2: 0.8, 3: 0.7}))
+    s.offer(0, predictions({1: 0.9, 2: 0.85, 3: 0.8}))
     bank.wait_started()
     time.sleep(0.02)
     assert bank.copied == [(1, 1)]
@@ -101,8 +101,10 @@ def test_a_speculated_expert_still_on_its_way_is_late_and_not_loaded_twice(opene
     s = opened(bank, 8, "thread")
     s.offer(0, predictions({2: 0.9}))
     bank.wait_started()
+    s._loader._copy_s = 1.0  # what a load takes is not known yet
     assert s.request(1, [3, 2]) == [2, 3]  # what is on its way comes first
     assert s.trace.steps()[-1].outcomes == ("missed", "late")
+    assert s._loader.benefit._hidden > 0  # the wait is the shorter for what is on its way
     threading.Timer(0.02, bank.let, (2,)).start()
     check_contents((1, 2), within(5, s.take, 1, [2])[0])
     assert bank.copied[0] == (1, 2) and bank.copied.count((1, 2)) == 1
@@ -114,13 +116,27 @@ def test_speculation_is_dropped_when_its_layer_has_passed(opened, mode):
     bank = WatchedBank(8)
     s = opened(bank, 8, mode, delay=lambda key: 0.02)
     s.request(0, [0])
-    s.offer(0, predictions({1: 0.9, 2: 0.8}, {3: 0.7}))  # the link is busy with (0, 0)
+    s.offer(0, predictions({1: 0.9, 2: 0.85}, {3: 0.8}))  # the link is busy with (0, 0)
     s.request(1, [5])
     within(5, s.take, 1, [5])
     for _ in range(20):
         time.sleep(0.005)
-        s.offer(1, predictions({3: 0.7}))
+        s.offer(1, predictions({3: 0.8}))
     assert (2, 3) in bank.copied and (1, 2) not in bank.copied
+
+
+@BOTH
+def test_nothing_is_speculated_that_the_next_layers_experts_would_evict(opened, mode):
+    bank = WatchedBank(2)
+    s = opened(bank, 2, mode)
+    assert use(s, 0, [0, 1]) == ("missed", "missed")  # fill the store, as the next layer's will
+    s.offer(0, predictions({2: 0.9}, {3: 1.0}))
+    eventually(lambda: s._loader._poll() or (1, 2) in s.store.resident)
+    time.sleep(0.02)
+    assert (2, 3) not in bank.copied
+    assert use(s, 1, [2]) == ("prefetched",)  # a layer that needs one leaves room
+    s.offer(1, predictions({}, {3: 1.0}))
+    eventually(lambda: s._loader._poll() or (0, 3) in s.store.resident)
 
 
 @BOTH

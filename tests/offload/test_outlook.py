@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.offload.keys import KeySet
-from moe_jax.offload.outlook import PRIOR_TOKENS, RATE_TOKENS, WRONG, Outlook
+from moe_jax.offload.outlook import PRIOR_TOKENS, RATE_TOKENS, RECENT_TOKENS, TAKEN, WRONG, Outlook
 from tests.offload.rig import E, K, L, predictions
 
 
@@ -20,53 +20,52 @@ def table(*keys):
 
 
 def test_nothing_is_worth_a_copy_before_a_prediction():
-    assert outlook().best(0, 0.0) is None
+    assert outlook().best(0) is None
 
 
 @pytest.mark.parametrize(
-    ("ahead", "layers_per_copy", "expected"),
+    ("ahead", "expected"),
     [
-        ([{1: 0.9, 2: 0.8}], 0.0, (1, 1)),
-        ([{1: 0.9}, {2: 0.95}], 0.0, (2, 2)),  # the most likely one, though farther
-        ([{1: 1.0}, {2: 1.0}, {3: 1.0}], 0.0, (1, 1)),  # the nearest of equals
-        ([{}, {}, {3: 0.9}], 0.0, (0, 3)),  # wraps into the next token
-        ([{1: 0.9}, {2: 0.8}], 4.0, (2, 2)),  # 0.9 x 1/4 hidden against 0.8 x 2/4
-        ([{1: K / E}], 0.0, None),  # no better than the prior
-        ([{}], 0.0, None),
+        ([{1: 0.9, 2: 0.8}], (1, 1)),
+        ([{1: 0.8}, {2: 0.95}], (1, 1)),  # the nearest, though a farther one is likelier
+        ([{1: 0.3}, {2: 0.8, 3: 0.9}], (2, 3)),  # if it is likely enough
+        ([{}, {}, {3: 0.9}], (0, 3)),  # wraps into the next token
+        ([{1: K / E}], None),  # no better than the prior
+        ([{}], None),
     ],
 )
-def test_best(ahead, layers_per_copy, expected):
+def test_best(ahead, expected):
     o = outlook()
     o.offer(0, predictions(*ahead))
-    best = o.best(0, layers_per_copy)
+    best = o.best(0)
     assert (best and best[0]) == expected
-    if best:  # whatever can be hidden, evictions compare probabilities
+    if best:
         assert best[1] == pytest.approx(ahead[(best[0][0] - 1) % L][best[0][1]])
 
 
 def test_predictions_of_the_last_layers_wrap():
     o = outlook()
     o.offer(L - 1, predictions({1: 0.9}, {2: 0.8}))
-    assert o.best(L - 1, 0.0) == ((0, 1), pytest.approx(0.9))
+    assert o.best(L - 1) == ((0, 1), pytest.approx(0.9))
     o.hold((0, 1), True)
-    assert o.best(L - 1, 0.0) == ((1, 2), pytest.approx(0.8))
+    assert o.best(L - 1) == ((1, 2), pytest.approx(0.8))
 
 
 def test_layer_minus_one_is_before_layer_0():
     o = outlook()
     o.offer(-1, predictions({1: 0.9}, {2: 0.8}))
-    assert o.best(L - 1, 0.0) == ((0, 1), pytest.approx(0.9))
+    assert o.best(L - 1) == ((0, 1), pytest.approx(0.9))
     o.passed(0)
-    assert o.best(0, 0.0) == ((1, 2), pytest.approx(0.8))
+    assert o.best(0) == ((1, 2), pytest.approx(0.8))
 
 
 def test_what_is_held_is_no_candidate_until_it_is_gone():
     o = outlook()
     o.offer(0, predictions({1: 0.9, 2: 0.8}))
     o.hold((1, 1), True)
-    assert o.best(0, 0.0) == ((1, 2), pytest.approx(0.8))
+    assert o.best(0) == ((1, 2), pytest.approx(0.8))
     o.hold((1, 1), False)
-    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.9))
+    assert o.best(0) == ((1, 1), pytest.approx(0.9))
 
 
 def test_a_layer_that_has_passed_is_dropped_and_falls_back_to_the_prior():
@@ -74,7 +73,7 @@ def test_a_layer_that_has_passed_is_dropped_and_falls_back_to_the_prior():
     o.offer(0, predictions({1: 0.9}, {2: 0.8}))
     assert list(KeySet(o.below(table((1, 1), (1, 2), (2, 2)), 0.5))) == [(1, 2)]
     o.passed(1)
-    assert o.best(1, 0.0) == ((2, 2), pytest.approx(0.8))
+    assert o.best(1) == ((2, 2), pytest.approx(0.8))
     assert not o.below(table((1, 1), (1, 2)), K / E).any()  # exactly the prior
     assert list(KeySet(o.below(table((1, 1), (1, 2)), K / E + 0.01))) == [(1, 1), (1, 2)]
 
@@ -82,36 +81,72 @@ def test_a_layer_that_has_passed_is_dropped_and_falls_back_to_the_prior():
 def test_a_new_prediction_replaces_the_one_before():
     o = outlook()
     o.offer(0, predictions({1: 0.9}, {2: 0.8}))
-    o.offer(1, predictions({3: 0.7}))
-    assert o.best(1, 0.0) == ((1, 1), pytest.approx(0.9))  # layer 1 has not passed here
+    o.offer(1, predictions({3: 0.78}))
+    assert o.best(1) == ((2, 3), pytest.approx(0.78))
+    o.hold((2, 3), True)
+    assert o.best(1) == ((1, 1), pytest.approx(0.9))  # layer 1 has not passed here
     o.passed(1)
-    assert o.best(1, 0.0) == ((2, 3), pytest.approx(0.7))
+    assert o.best(1) is None
 
 
 def test_a_horizon_longer_than_the_model_is_cut():
     o = outlook()
-    o.offer(0, predictions({1: 0.7}, {}, {}, {1: 0.9}))
-    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.7))
+    o.offer(0, predictions({1: 0.8}, {}, {}, {1: 0.9}))
+    assert o.best(0) == ((1, 1), pytest.approx(0.8))
+
+
+def test_what_would_be_evicted_before_its_layer_is_no_candidate():
+    o = outlook()
+    o.offer(0, predictions({1: 0.3}, {2: 0.9}))
+    assert o.best(0) == ((2, 2), pytest.approx(0.9))
+    assert o.best(0, reach=2) == ((2, 2), pytest.approx(0.9))
+    assert o.best(0, reach=1) is None
+
+
+def test_there_may_be_work_while_something_likely_is_absent():
+    o = outlook()
+    o.offer(0, predictions({1: 0.9}, {2: 0.4}))
+    assert o.any_likely()
+    o.hold((1, 1), True)
+    assert not o.any_likely()
+    o.hold((1, 1), False)
+    o.passed(1)
+    assert not o.any_likely()
 
 
 def test_what_is_not_likely_enough_is_no_candidate():
     o = outlook()
-    floor = (1 + WRONG) / (2 + WRONG)  # a busy link
+    floor = (WRONG + TAKEN) / (1 + WRONG + TAKEN)  # a busy link
     o.offer(0, predictions({1: floor - 0.01}, {2: floor + 0.01}))
-    assert o.best(0, 0.0) == ((2, 2), pytest.approx(floor + 0.01))
+    assert o.best(0) == ((2, 2), pytest.approx(floor + 0.01))
     assert o.likely((2, 2)) and not o.likely((1, 1))
     o.passed(2)
-    assert o.best(0, 0.0) is None and not o.likely((2, 2))
+    assert o.best(0) is None and not o.likely((2, 2))
 
 
 def test_the_less_busy_the_link_the_less_likely_a_load_may_be():
     o = outlook()
-    o.offer(0, predictions({1: 0.6}))
-    assert o.best(0, 0.0) is None
+    o.offer(0, predictions({1: 0.7}))
+    assert o.best(0) is None
     o.busy(0.2)
-    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.6)) and o.likely((1, 1))
+    assert o.best(0) == ((1, 1), pytest.approx(0.7)) and o.likely((1, 1))
     o.busy(1.0)
-    assert o.best(0, 0.0) is None and not o.likely((1, 1))
+    assert o.best(0) is None and not o.likely((1, 1))
+
+
+def test_recent_use_corrects_what_is_not_certain():
+    o = outlook()
+    for _ in range(3 * RECENT_TOKENS):
+        o.passed(1, [1, 2])
+    o.offer(0, predictions({0: 1.0, 1: 0.8, 3: 0.8}, {3: 0.8}))
+    assert o.likely((1, 0)) and o.likely((1, 1)) and not o.likely((1, 3))
+    assert o.best(0) == ((1, 0), pytest.approx(1.0))  # the prediction knows
+    o.hold((1, 0), True)
+    assert o.best(0) == ((1, 1), pytest.approx(0.99, abs=0.009))
+    o.hold((1, 1), True)
+    assert o.best(0) == ((2, 3), pytest.approx(0.8))  # another layer's are not touched
+    o.offer(0, predictions({1: 0.0}))
+    assert o.below(table((1, 1)), 1e-6).any()
 
 
 def test_expected_next_use():
@@ -148,4 +183,4 @@ def test_offered_arrays_are_not_aliased():
     table = predictions({1: 0.9})
     o.offer(0, table)
     table[:] = np.nan
-    assert o.best(0, 0.0) == ((1, 1), pytest.approx(0.9))
+    assert o.best(0) == ((1, 1), pytest.approx(0.9))

@@ -49,7 +49,8 @@ def test_the_plan_depends_on_the_seed_alone(tmp_path):
 def test_documents_that_share_lines_with_a_test_text_are_left_out(tmp_path):
     write(tmp_path / "train", "seen.py", 40, "seen")
     write(tmp_path / "train", "other.py", 40, "other")
-    test = tmp_path / "test.txt"
+    (tmp_path / "tests").mkdir()
+    test = tmp_path / "tests" / "test.txt"
     # As it may stand in a test text: indented, with other numbering before it, among other lines.
     test.write_text(
         "x\n" + "".join("   7 " + line + "\n" for line in (tmp_path / "train/seen.py").read_text().split("\n"))
@@ -58,6 +59,7 @@ def test_documents_that_share_lines_with_a_test_text_are_left_out(tmp_path):
     unlike.write_text("nothing of it is in the training text, not even a part of one line of it\n")
     (tmp_path / "train/other.py").write_text("".join(f"{'qwertz' * 8} {i:04d}\n" for i in range(40)))
     assert texts.plan(encode, [tmp_path / "train"], 64, exclude=[test]).names == ["other.py#0"]
+    assert texts.plan(encode, [tmp_path / "train"], 64, exclude=[test.parent]).names == ["other.py#0"]
     assert len(texts.plan(encode, [tmp_path / "train"], 64, exclude=[unlike]).names) == 2
 
 

@@ -134,8 +134,10 @@ def test_losses_are_compared_from_one_closed_form(place):
     ("flags", "message"),
     [
         (["--text=nowhere"], "text nowhere does not exist"),
+        (["--validation_text=nowhere.txt"], "text nowhere.txt does not exist"),
+        ([f"--config.output={ROOT}/README.md"], "README.md: no folder can be made there"),
         (["--config.window=999"], "config.window=999 must be from 2 to 255"),
-        (["--config.horizon=9"], "a horizon of 9 does not fit a model of 5 layers"),
+        (["--config.horizon=0"], "config.horizon must be at least 1, not 0"),
         (["--config.fit.steps=-1"], "config.fit.steps must be at least 0"),
         (["--score=nowhere"], "nowhere holds no trained predictor"),
         (["--ablate=kl", "--score=shipped"], "give one of them"),

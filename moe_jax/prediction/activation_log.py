@@ -158,7 +158,7 @@ class ActivationLog:
         columns = dict(zip(only, (np.stack(column) for column in zip(*picked, strict=True)), strict=True))
         chosen = np.asarray(windows)
         arrays = [columns.get(name) for name in ARRAYS]
-        return Activations(*arrays, self.windows.lengths[chosen], self.windows.tokens[chosen])
+        return Activations._make([*arrays, self.windows.lengths[chosen], self.windows.tokens[chosen]])
 
     def outputs(self) -> Outputs:
         """Sums over all shards, float64: the same whatever the order they were written in."""

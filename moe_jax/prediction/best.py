@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.prediction.interface import Features, ModelParts, Prediction, Predictor, Spec, at
+from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Predictor, Spec, at
 from moe_jax.prediction.learned import Learned
 from moe_jax.prediction.lookahead import DefaultVector, Router
 from moe_jax.prediction.memory import Repeat
@@ -55,7 +55,7 @@ class BestPerLayer:
         asked = {name: CANDIDATES[name].apply for name in CANDIDATES if name in params}
         return self._ask(asked, params, state, features.layer + 1, features)
 
-    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: jax.Array) -> tuple[Prediction, Any]:
+    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: Array) -> tuple[Prediction, Any]:
         asked = {name: begin for name in CANDIDATES if name in params and (begin := CANDIDATES[name].begin)}
         return self._ask(asked, params, state, 0, embedding, tokens)
 

@@ -149,7 +149,7 @@ class Predictor(Protocol):
     name: str
 
     @property
-    def begin(self) -> Callable[[Any, Any, jax.Array, jax.Array], tuple[Prediction, Any]] | None:
+    def begin(self) -> Callable[[Any, Any, jax.Array, Array], tuple[Prediction, Any]] | None:
         """`begin(params, state, embedding [B, D], tokens int32 [B])`, called before layer 0 of every decode step with
         the token that enters and its embedding: the prediction for layers 0..H-1 and the new memory.
 

@@ -128,7 +128,7 @@ class Learned:
         ahead = correct(state[:, 0], corrections, own["keep"], state[:, 1, 0] + of_experts)
         return _prediction(params, own, ahead), state.at[:, 0].set(ahead)
 
-    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: jax.Array) -> tuple[Prediction, Any]:
+    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: Array) -> tuple[Prediction, Any]:
         network = params["network"]
         row = jnp.asarray(network["row"]).at[tokens].get(mode="fill", fill_value=0)
         this, after, guess = jnp.unstack(network["tokens"][row], axis=1)

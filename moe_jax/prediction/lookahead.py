@@ -48,7 +48,7 @@ class Router:
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
         return _look(params, self.hidden(params, features), features.layer), state
 
-    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: jax.Array) -> tuple[Prediction, Any]:
+    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: Array) -> tuple[Prediction, Any]:
         return _look(params, embedding, -1), state
 
 
@@ -80,7 +80,7 @@ class DefaultVector:
     def apply(self, params: Any, state: Any, features: Features) -> tuple[Prediction, Any]:
         return _look(params, self.hidden(params, features), features.layer), state
 
-    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: jax.Array) -> tuple[Prediction, Any]:
+    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: Array) -> tuple[Prediction, Any]:
         return _look(params, embedding, -1), state
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.prediction.interface import Features, ModelParts, Prediction, Spec, multi_hot
+from moe_jax.prediction.interface import Array, Features, ModelParts, Prediction, Spec, multi_hot
 
 
 def recorded(ids: Sequence[np.ndarray], num_layers: int) -> np.ndarray:
@@ -64,7 +64,7 @@ class Oracle:
     def prime(self, spec: Spec, ids: np.ndarray, step: int = 0) -> Any:
         return {"step": jnp.int32(step)}
 
-    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: jax.Array) -> tuple[Prediction, Any]:
+    def begin(self, params: Any, state: Any, embedding: jax.Array, tokens: Array) -> tuple[Prediction, Any]:
         right = jnp.ones(embedding.shape[0], bool)
         return _ahead(params, state["step"] * params["layers"], right), state
 

@@ -31,8 +31,8 @@ def test_multiply_adds_are_those_of_the_tables():
     parts = ModelParts(np.zeros(0), np.zeros(0))
     network = jax.eval_shape(lambda key: LEARNED.init(key, spec, parts), jax.random.key(0))["network"]
     # Only those of the K chosen experts; every estimate ahead is stretched by the scale of its horizon.
-    share = dict.fromkeys(("gates", "expert_in", "expert_out"), spec.top_k / spec.num_experts)
-    share["scale"] = spec.num_experts
+    of_chosen = spec.top_k / spec.num_experts
+    share = {"gates": of_chosen, "expert_in": of_chosen, "expert_out": of_chosen, "scale": spec.num_experts}
     added = {"row", "correction", "tokens", "centre", "bias", "expert_bias", "shift"}
     counted = sum(np.prod(x.shape) * share.get(name, 1) for name, x in network.items() if name not in added)
     assert LEARNED.multiply_adds(spec) == counted

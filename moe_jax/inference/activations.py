@@ -31,7 +31,7 @@ def write_log(engine: Engine, log: ActivationLog, progress: Callable[[int], None
             done += len(batch.lengths)
             progress(done)
         columns = [column for column in zip(*parts, strict=True) if column[0] is not None]
-        log.write(shard, Activations(*map(np.concatenate, columns)), total)
+        log.write(shard, Activations(*(np.concatenate(column) for column in columns)), total)
 
 
 def run_windows(engine: Engine, log: ActivationLog, rows: Sequence[int] | np.ndarray) -> tuple[Activations, Outputs]:
@@ -61,7 +61,7 @@ def run_windows(engine: Engine, log: ActivationLog, rows: Sequence[int] | np.nda
     joined = [np.pad(x, ((0, 0), (0, 0), (0, T - x.shape[2]), (0, 0)))[: len(rows)] for x in joined]
     summed = np.stack([np.sum([np.asarray(x, np.float64) for x in chunks], axis=0) for chunks in sums])
     embedding = half(np.asarray(engine.dense["embedding"][log.windows.tokens[rows]], np.float32))
-    return Activations(embedding, *joined, lengths[: len(rows)]), Outputs(summed, counts)
+    return Activations(*[embedding, *joined, lengths[: len(rows)]]), Outputs(summed, counts)
 
 
 @functools.partial(jax.jit, static_argnums=0)

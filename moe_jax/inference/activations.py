@@ -30,7 +30,8 @@ def write_log(engine: Engine, log: ActivationLog, progress: Callable[[int], None
             total = Outputs(total.sums + outputs.sums, total.counts + outputs.counts)
             done += len(batch.lengths)
             progress(done)
-        log.write(shard, Activations(*(np.concatenate(column) for column in zip(*parts, strict=True))), total)
+        columns = [column for column in zip(*parts, strict=True) if column[0] is not None]
+        log.write(shard, Activations(*(np.concatenate(column) for column in columns)), total)
 
 
 def run_windows(engine: Engine, log: ActivationLog, rows: Sequence[int] | np.ndarray) -> tuple[Activations, Outputs]:
@@ -60,7 +61,7 @@ def run_windows(engine: Engine, log: ActivationLog, rows: Sequence[int] | np.nda
     joined = [np.pad(x, ((0, 0), (0, 0), (0, T - x.shape[2]), (0, 0)))[: len(rows)] for x in joined]
     summed = np.stack([np.sum([np.asarray(x, np.float64) for x in chunks], axis=0) for chunks in sums])
     embedding = half(np.asarray(engine.dense["embedding"][log.windows.tokens[rows]], np.float32))
-    return Activations._make([embedding, *joined, lengths[: len(rows)]]), Outputs(summed, counts)
+    return Activations(*[embedding, *joined, lengths[: len(rows)]]), Outputs(summed, counts)
 
 
 @functools.partial(jax.jit, static_argnums=0)

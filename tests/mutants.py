@@ -135,7 +135,8 @@ def survives(mutant: Mutant) -> bool:
                 raise SystemExit(f"a mutant of {mutant.file} no longer applies: {old!r} occurs {text.count(old)} times")
             text = text.replace(old, new)
         file.write_text(text)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", *mutant.tests.split()]
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-m", ""]
+        command = [sys.executable, "-m", "pytest", *options, *mutant.tests.split()]
         environment = {**os.environ, "PYTHONPATH": str(copy)}
         return subprocess.run(command, cwd=copy, env=environment, capture_output=True).returncode == 0
 

@@ -27,6 +27,7 @@ class Mutant(NamedTuple):
 
 
 LOSSLESS, ENGINE = "tests/inference/test_lossless.py", "tests/inference/test_engine.py"
+OFFLOAD = "tests/offload/test_outlook.py tests/offload/test_loader.py"
 AHEAD_OF_TIME = "tests/aot"  # needs its dependency group: python tests/aot/compilers.py
 MUTANTS = {
     "two experts swapped in the bank": Mutant(
@@ -52,6 +53,21 @@ MUTANTS = {
             "routed.residual, outputs[self.arrival], gates[:, self.arrival], x)",
         },
         LOSSLESS,
+    ),
+    "speculation that the next layer evicts": Mutant(
+        "moe_jax/offload/loader.py", {"reach = 1 if": "reach = None if"}, "tests/offload/test_loader.py"
+    ),
+    "a prediction that wakes nobody": Mutant(
+        "moe_jax/offload/outlook.py", {"return bool(((self._value": "return not bool(((self._value"}, OFFLOAD
+    ),
+    "recent use turned round": Mutant(
+        "moe_jax/offload/outlook.py", {"chances / (1 - chances) *": "(1 - chances) / chances *"}, OFFLOAD
+    ),
+    "the farthest layer first": Mutant(
+        "moe_jax/offload/outlook.py", {"value.any(1).argmax()": "value.any(1).cumsum().argmax()"}, OFFLOAD
+    ),
+    "a late load that spares nothing": Mutant(
+        "moe_jax/offload/loader.py", {'if outcome == "late":': "if False:"}, "tests/offload/test_loader.py"
     ),
     "KV length off by one": Mutant(
         "moe_jax/inference/engine.py",
@@ -119,7 +135,8 @@ def survives(mutant: Mutant) -> bool:
                 raise SystemExit(f"a mutant of {mutant.file} no longer applies: {old!r} occurs {text.count(old)} times")
             text = text.replace(old, new)
         file.write_text(text)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", mutant.tests]
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-m", ""]
+        command = [sys.executable, "-m", "pytest", *options, *mutant.tests.split()]
         environment = {**os.environ, "PYTHONPATH": str(copy)}
         return subprocess.run(command, cwd=copy, env=environment, capture_output=True).returncode == 0
 

@@ -107,10 +107,10 @@ def test_a_predictor_that_was_not_asked_for_a_while_is_told_what_it_has_missed(m
             found.append([probabilities for _, _, probabilities in source.offered])
         return found
 
-    always, now_and_then = offered(*[True] * 6), offered(True, False, False, True, True, False)
-    assert [bool(step) for step in now_and_then] == [True, False, False, True, True, False]
-    # What `learned` keeps of hidden states cannot be told afterwards; it is there again one token later.
-    for step in (0, 3, 4) if name == "router" else (0, 4):
+    always, now_and_then = offered(*[True] * 6), offered(True, False, False, True, True, True)
+    assert [bool(step) for step in now_and_then] == [True, False, False, True, True, True]
+    # What `learned` keeps of the last tokens cannot be told afterwards; it is there again two tokens later.
+    for step in (0, 3, 4, 5) if name == "router" else (0, 5):
         np.testing.assert_array_equal(now_and_then[step], always[step])
 
 

@@ -24,7 +24,8 @@ WINDOW = 256  # tokens after which predictors begin anew, as in a log of our own
 
 
 class Routes:
-    """Expert ids int [L, T, K] of some texts, in the place of an activation log: what a router saw is not known."""
+    """Expert ids int [L, T, K] of some texts, in the place of an activation log: neither tokens nor what a router saw is
+    known."""
 
     def __init__(self, texts: Iterable[np.ndarray], num_experts: int):
         self._ids = [ids[:, t : t + WINDOW] for ids in texts for t in range(0, ids.shape[1], WINDOW)]
@@ -37,7 +38,15 @@ class Routes:
         ids = np.stack([np.pad(x, ((0, 0), (0, longest - x.shape[1]), (0, 0))) for x in picked])
         nothing = lambda *shape: np.zeros((*ids.shape[:3], *shape), np.float16)
         gates = nothing(ids.shape[3]) + np.float16(1 / ids.shape[3])
-        return Activations(nothing(1)[:, 0], nothing(1), nothing(self._experts), ids, gates, lengths)
+        return Activations(
+            nothing(1)[:, 0],
+            nothing(1),
+            nothing(self._experts),
+            ids,
+            gates,
+            lengths,
+            np.zeros((len(ids), longest), np.int32),
+        )
 
 
 def recall(texts: Sequence[np.ndarray], num_experts: int, horizon: int = 8) -> dict[str, metrics.Scores]:

@@ -106,7 +106,12 @@ def trained(tmp_path):
 def test_saved_weights_come_back_and_a_shorter_horizon_is_a_part_of_them(trained):
     directory, params = trained
     whole = saved.load(directory, SPEC, MODEL)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), whole, weights(params))
+    written = weights(params)
+    tables = whole["network"]["tokens"], np.asarray(written["network"]["tokens"])  # int8 with a step for each column
+    assert (np.abs(tables[0] - tables[1]) <= 1.01 * np.abs(tables[1]).max(0) / 254 + 1e-6).all()
+    assert np.abs(tables[1]).max() > 0.1
+    written["network"] |= {"tokens": whole["network"]["tokens"]}
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), whole, written)
     short_spec = dataclasses.replace(SPEC, horizon=2)
     short = saved.load(directory, short_spec, MODEL)
     learned, arrays = Learned(), activations(SPEC, parts(), 2, 3)

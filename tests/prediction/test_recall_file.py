@@ -54,7 +54,7 @@ def test_a_damaged_one_is_one_line_and_written_anew(tmp_path, text):
 
 def test_a_new_training_drops_what_was_measured_of_the_old_one(tmp_path):
     recall_file.store(tmp_path, MODEL, {"learned": [None, 0.5]}, ["text"])
-    saved.save(tmp_path, {"vectors": np.zeros(2)}, SPEC, MODEL, {})
+    saved.save(tmp_path, {"network": {"tokens": np.zeros((2, 3))}, "vectors": np.zeros(2)}, SPEC, MODEL, {})
     assert recall_file.stored(tmp_path, MODEL, "learned") is None
 
 

@@ -24,8 +24,10 @@ WINDOW = 256  # tokens after which predictors begin anew, as in a log of our own
 
 
 class Routes:
-    """Expert ids int [L, T, K] of some texts, in the place of an activation log: neither tokens nor what a router saw is
-    known."""
+    """Expert ids int [L, T, K] of some texts, in the place of an activation log.
+
+    Neither the tokens nor what a router saw is known.
+    """
 
     def __init__(self, texts: Iterable[np.ndarray], num_experts: int):
         self._ids = [ids[:, t : t + WINDOW] for ids in texts for t in range(0, ids.shape[1], WINDOW)]

@@ -1,13 +1,11 @@
 """The model of `lm-eval` (pip install "moe_jax[eval]"): its tasks, with any execution mode and predictor.
 
-    python -m moe_jax.evaluation.harness --model moe_jax --tasks hellaswag \\
+    lm_eval --model moe_jax --tasks hellaswag \\
         --model_args checkpoint=DIR,execution=speculative_gated,predictor=router,offload.device_budget=25%
 
-is `lm_eval` with one more model; every other flag is lm-eval's own. (`lm_eval --model moe_jax` itself needs an lm-eval
-that looks for models of other packages, by the entry point `lm_eval.models` that pyproject.toml declares: its main
-branch does, releases up to 0.4.13 and 0.5.0.dev1 do not.) Arguments of the model are `config` (a document
-such as configs/mixtral.py, whose values the others replace), `execution`, `predictor`, and any field of the
-configuration; `--batch_size` is the configuration's too.
+Every other flag is lm-eval's own. Arguments of the model are `config` (a document such as configs/mixtral.py, whose
+values the others replace), `execution`, `predictor`, and any field of the configuration; `--batch_size` is the
+configuration's too.
 
 A context is prefilled, exactly in every mode, but for its last token: what is scored or generated comes out of decode
 steps, where modes act. (A context of one token, as every text of `loglikelihood_rolling` has, leaves the first
@@ -39,6 +37,7 @@ _SHORT = {"predictor": "prefetch.predictor"}
 _LM_EVAL = ("max_batch_size", "device", "metadata")  # what lm_eval gives every model and this one has no use for
 
 
+@register_model("moe_jax")
 class MoeJax(TemplateLM):
     """See the module. Requests are sorted by length, so that batches hold rows of about the same."""
 
@@ -183,17 +182,3 @@ def _document(path: str) -> dict[str, Any]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config().to_dict()
-
-
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
-
-    from moe_jax import cli
-    from moe_jax.evaluation import harness  # noqa: F401  # registers its class, which is the one that others import
-
-    try:
-        cli_evaluate()
-    except UserError as error:
-        cli.fail(str(error))
-else:
-    register_model("moe_jax")(MoeJax)  # as __main__ it would be another class of the same name, which lm_eval refuses

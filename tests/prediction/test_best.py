@@ -36,6 +36,9 @@ def test_it_says_what_the_chosen_one_says_and_asks_nobody_else():
     predictor, params = BestPerLayer(), params_of("best_per_layer", SPEC, parts(), trained)
     assert set(params) == {*asked, "best"}
     own = {name: params_of(name, SPEC, parts(), trained) for name in asked}
+    start, apply = jax.jit(predictor.begin), jax.jit(predictor.apply)
+    applied = {name: jax.jit(CANDIDATES[name].apply) for name in asked}
+    begun = {name: jax.jit(begin) for name in asked if (begin := CANDIDATES[name].begin) is not None}
     state, states = predictor.init_state(SPEC, 2), {name: CANDIDATES[name].init_state(SPEC, 2) for name in asked}
 
     def check(place, prediction, answers):
@@ -46,14 +49,13 @@ def test_it_says_what_the_chosen_one_says_and_asks_nobody_else():
 
     for t in range(3):
         (embedding, tokens), answers = (jnp.asarray(a.embedding[:, t]), a.tokens[:, t]), {}
-        prediction, state = jax.jit(predictor.begin)(params, state, embedding, tokens)
-        for name in asked:
-            if (begin := CANDIDATES[name].begin) is not None:
-                answers[name], states[name] = begin(own[name], states[name], embedding, tokens)
+        prediction, state = start(params, state, embedding, tokens)
+        for name, begin in begun.items():
+            answers[name], states[name] = begin(own[name], states[name], embedding, tokens)
         check(0, prediction, answers)
         for layer in range(L):
             features = Features(np.int32(layer), *[x[:, layer, t] for x in a[1:5]])
-            prediction, state = jax.jit(predictor.apply)(params, state, features)
+            prediction, state = apply(params, state, features)
             for name in asked:
-                answers[name], states[name] = CANDIDATES[name].apply(own[name], states[name], features)
+                answers[name], states[name] = applied[name](own[name], states[name], features)
             check(layer + 1, prediction, answers)

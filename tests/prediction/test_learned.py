@@ -25,10 +25,9 @@ def weights(params):
 def noisy(learned):
     """Parameters in which every table matters."""
     params = learned.init(jax.random.key(0), SPEC, parts())
-    keys = iter(jax.random.split(jax.random.key(1), 20))
-    noise = lambda table: table + 0.3 * jax.random.normal(next(keys), table.shape)
-    tables = params["network"]
-    row = np.random.default_rng(0).integers(0, len(tables["tokens"]), 40)  # tokens from 40 on were never seen
+    rng, tables = np.random.default_rng(0), params["network"]
+    noise = lambda table: jnp.asarray(table + 0.3 * rng.standard_normal(table.shape, np.float32))
+    row = rng.integers(0, len(tables["tokens"]), 40)  # tokens from 40 on were never seen
     params["network"] = {name: noise(table) for name, table in tables.items()} | {"row": row.astype(np.int32)}
     return params
 

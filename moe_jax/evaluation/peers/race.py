@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +81,7 @@ def race(
     results = [Result(contender) for contender in contenders]
     with MemoryCap(cap_bytes):
         pass  # is there one at all? better known before the first run
-    progress("the reference")
+    progress("the reference ...")
     first = Result(reference)
     _run(first, [], cap_bytes)
     if first.failure:
@@ -89,8 +91,10 @@ def race(
     for _ in range(rounds):
         for result in results:
             if not result.failure:
-                progress(f"{result.contender.engine}, {result.contender.setting}")
+                who = f"{result.contender.engine}, {result.contender.setting}"
+                progress(f"{who} ...")
                 _run(result, tokens, cap_bytes)
+                progress(f"{who}: {result.failure or f'{1e3 * result.runs[-1].tpot_s:.1f} ms per token'}")
     return [first, *results]
 
 
@@ -167,11 +171,11 @@ def contenders(
         for name in predictors
     ]
     for dtype in ("bfloat16", "float32"):
-        file = write_gguf(released, work / f"{dtype}.gguf", dtype)
+        file = _apart(write_gguf, released, work / f"{dtype}.gguf", dtype)
         for loading in ("mmap", "mmap_random"):
             spec = {"engine": "llama.cpp", "file": str(file), "loading": loading, **shared}
             racing.append(Contender("llama.cpp", f"{loading}, {dtype}", spec, (file,)))
-        folder = prepare_offload(released, work / f"accelerate-{dtype}", dtype)
+        folder = _apart(prepare_offload, released, work / f"accelerate-{dtype}", dtype)
         for buffers in (False, True):
             torch = {"checkpoint": str(released), "dtype": dtype, **shared}
             spec = {"engine": "accelerate", "folder": str(folder), "buffers": buffers, **torch}
@@ -180,6 +184,12 @@ def contenders(
         spec = {"engine": "transformers", "checkpoint": str(released), "dtype": dtype, **shared}
         racing.append(Contender("transformers", f"resident, {dtype}, no cap", spec, (released,), capped=False))
     return reference, racing
+
+
+def _apart(write: Callable[..., Path], *args: Any) -> Path:
+    """Calls it in a process of its own: what it holds, up to the whole model in float32, ends with it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(write, *args).result()
 
 
 def require() -> None:

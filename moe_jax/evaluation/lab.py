@@ -23,6 +23,7 @@ from moe_jax.errors import UserError
 from moe_jax.evaluation.modes import BASELINE, Mode
 from moe_jax.evaluation.reader import DiskReader
 from moe_jax.inference import bounds, metrics
+from moe_jax.inference.compilation import compile_for
 from moe_jax.inference.engine import Engine, Record
 from moe_jax.inference.generate import Generation
 from moe_jax.inference.sampling import Sampling
@@ -178,7 +179,7 @@ class Lab:
         if (upcast or self.config.offload.upcast) == "arrival":
             spec = jax.eval_shape(lambda expert: widened(expert, engine.stages.dtype), spec)
         example = committed(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec))
-        engine.compile([len(prompt) for prompt in prompts], self.new_tokens, example)
+        compile_for(engine, [len(prompt) for prompt in prompts], self.new_tokens, example)
         texts = [""] * len(prompts)
         return Generation(
             engine, self.model.tokenizer, texts, prompts, self.new_tokens, Sampling(), batch_size=len(prompts)
@@ -196,7 +197,9 @@ class Lab:
                 base.max_seq_len,
             )
         elif mode.predictor == Oracle.name:
-            self._engines[mode].use_parameters(self._predictor(mode, request)[2])
+            forecast = self._engines[mode].forecast
+            assert forecast is not None
+            forecast.use_parameters(self._predictor(mode, request)[2])
         return self._engines[mode]
 
     def _predictor(self, mode: Mode, request: Request) -> Any:

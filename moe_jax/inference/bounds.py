@@ -127,9 +127,9 @@ def uses_in_order(record: Record, num_layers: int) -> tuple[list[Key], int]:
 
 def predictor_seconds(engine: Engine, state_batch: int, repeats: int = 20) -> float | None:
     """Seconds of one predictor call alone, times the layers of a token; None without a predictor."""
-    if engine.predictor is None:
+    if engine.forecast is None:
         return None
-    call = engine.example_prediction(state_batch)
+    call = engine.forecast.example(state_batch)
     times = []
     for _ in range(repeats):
         started = time.perf_counter()

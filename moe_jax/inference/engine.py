@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-import timeit
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.inference.block import Block
-from moe_jax.inference.execution import Execution, Plan
-from moe_jax.inference.grouping import arities, assign, bucket, padded, power_of_two, sizes, unique_in_order
+from moe_jax.inference.execution import Execution
+from moe_jax.inference.forecast import Forecast
+from moe_jax.inference.grouping import arities, assign, padded, power_of_two, unique_in_order
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import CHUNKS, KVCache, Routed, Stages, committed
-from moe_jax.model.experts import ExpertSource, ExpertWeights
-from moe_jax.prediction.interface import at
-from moe_jax.prediction.predictors import Features, Prediction
+from moe_jax.model.experts import ExpertSource
 
 SMALL_CHUNK = 32
 LEAST_CAPACITY = 256
@@ -121,23 +117,8 @@ class Engine:
         }
 
     def use_predictor(self, predictor: tuple[Any, Any, Any] | None) -> None:
-        """Replaces the predictor, its spec and its parameters; `compile` again before the next request."""
-        self.predictor, self.spec, params = predictor or (None, None, None)
-        self.use_parameters(params)
-        self.prediction_s = 0.0  # what the predictions of one token cost; measured by `compile`
-        self._begin = None  # what the predictor says before layer 0, from the token alone
-        if self.predictor is not None:
-            self._predict = jax.jit(self._predict_fn)
-            if self.predictor.begin is not None:
-                self._begin = jax.jit(self._begin_fn)
-
-    def use_parameters(self, params: Any) -> None:
-        """Replaces the predictor's parameters by others of the same shapes."""
-        self.predictor_params = committed(params)
-        if self.predictor is not None and self.spec is not None:
-            # Cut out once, so that no call has to look for its own among those of all layers.
-            layers = range(self.spec.num_layers)
-            self._own = [(at(self.predictor, self.predictor_params, i), committed(np.int32(i))) for i in layers]
+        """Replaces the predictor, with its spec and parameters; compile again before the next request."""
+        self.forecast = predictor and Forecast(*predictor, self.execution, self.stages.dtype)
 
     # ---- prefill -----------------------------------------------------------------------------------------------
 
@@ -227,8 +208,8 @@ class Engine:
         ends = np.stack([np.asarray(x[p // Tc])[row, p % Tc] for row, p in enumerate(last.tolist())])
         logits = stages.head(self.dense, committed(ends[:, None]))
         seen = np.where(real[None, :, :, None], ids_by_layer, -1)
-        if self.predictor is not None:
-            state.predictor = committed(self.predictor.prime(self.spec, seen))
+        if self.forecast is not None:
+            state.predictor = self.forecast.state(seen)
         if self.execution is not None:
             state.memory = self.execution.start(seen)
         return logits, state
@@ -242,23 +223,20 @@ class Engine:
         positions = jax.device_put(np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None])
         x = stages.embed(self.dense, np.asarray(tokens)[:, None])
         self.source.begin_token(state.step)
-        plan, said = (
-            None,
-            None,
-        )  # of the next layer; a prediction that has not been read: the layer it was made at, and it
-        predicting, true = self._predicting(state), []
-        if predicting and self._begin is not None:
-            entering = x[:, 0], np.asarray(tokens, np.int32)
-            (first, plan), state.predictor = self._begin(
-                self.predictor_params, state.predictor, *entering, state.active
-            )
-            said = -1, first
+        forecast, plan, said, true = self._predicting(state), None, None, []
+        # `plan`: of the next layer. `said`: a prediction that has not been read: the layer it was made at, and it.
+        if forecast is not None:
+            first, state.predictor = forecast.begin(state.predictor, x, np.asarray(tokens, np.int32), state.active)
+            if first is not None:
+                said, plan = (-1, first[0]), first[1]
         for index, layer in self.numbered:
             if layer is None:
                 x = stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
                 continue
             routed = stages.route(index, self.dense, state.rope, x, positions, state.kv)
-            predicted = self._start_prediction(layer, routed, state) if predicting else None
+            predicted = None
+            if forecast is not None:
+                predicted, state.predictor = forecast.after(layer, state.predictor, routed, state.active)
             # Read only now: this layer's demand does not wait for it, and the device has work while the host reads.
             self._offer(said)
             if self.execution is None:
@@ -281,7 +259,7 @@ class Engine:
             self.record.lengths.append(state.lengths)
             if self.execution is not None:
                 self.record.routed += true
-        if not predicting and self.predictor is not None:
+        if forecast is None and self.forecast is not None:
             state.unseen.append(np.where(state.active[:, None], true, -1))
         state.lengths = state.lengths + state.active
         state.step += 1
@@ -293,24 +271,24 @@ class Engine:
             return
         layer, probabilities = said[0], np.asarray(said[1])
         if layer >= 0 and np.isnan(probabilities[0, 0]):
-            assert self.predictor is not None
-            raise UserError(f"predictor {self.predictor.name}: the run is not the one it was made for")
+            assert self.forecast is not None
+            raise UserError(f"predictor {self.forecast.predictor.name}: the run is not the one it was made for")
         self.source.offer(layer, probabilities)
         if self.record and layer >= 0:
             self.record.predicted.append(probabilities[0])
 
-    def _predicting(self, state: DecodeState) -> bool:
-        """Whether this step makes predictions; if so, the predictor is first told of the steps that it has missed."""
-        if self.predictor is None:
-            return False
+    def _predicting(self, state: DecodeState) -> Forecast | None:
+        """Who predicts in this step, if anyone; it has been told of the steps that it has missed."""
+        forecast = self.forecast
+        if forecast is None:
+            return None
         planning = self.execution is not None and self.execution.plans  # what runs must not depend on what pays
-        if not planning and not self.source.wants_prediction(self.prediction_s):
-            return False
+        if not planning and not self.source.wants_prediction(forecast.cost_s):
+            return None
         if state.unseen:
-            unseen = np.stack(state.unseen, axis=2)
-            state.predictor = committed(self.predictor.prime(self.spec, unseen, state.step))
+            state.predictor = forecast.state(np.stack(state.unseen, axis=2), state.step)
             state.unseen.clear()
-        return True
+        return forecast
 
     def _run_layer(self, layer: int, routed: Routed, ids: np.ndarray, active: np.ndarray) -> jax.Array:
         outputs = routed.outputs
@@ -334,99 +312,3 @@ class Engine:
             outputs, after = self.stages.experts(outputs, routed.h, rows, slots, weights)
             self.source.release(layer, group, after)
         return outputs
-
-    def _start_prediction(self, layer: int, routed: Routed, state: DecodeState) -> tuple[jax.Array, Plan | None] | None:
-        """P(needed) [H, E] for the layers after this one, and the next one's plan where the execution makes one."""
-        if self.predictor is None:
-            return None
-        params, number = self._own[layer]
-        features = Features(number, routed.residual, routed.logits, routed.ids, routed.gates)
-        predicted, state.predictor = self._predict(params, state.predictor, features, state.active)
-        return predicted
-
-    def _predict_fn(self, params, state, features, active):
-        assert self.predictor is not None
-        prediction, state = self.predictor.apply(params, state, features)
-        return self._said(prediction, features.layer + 1, active), state
-
-    def _begin_fn(self, params, state, embedding, tokens, active):
-        assert self.predictor is not None and self.predictor.begin is not None
-        prediction, state = self.predictor.begin(params, state, embedding, tokens)
-        return self._said(prediction, 0, active), state
-
-    def _said(self, prediction: Prediction, target: Any, active: jax.Array) -> tuple[jax.Array, Plan | None]:
-        """What the decode loop reads of a prediction whose first layer is `target`."""
-        probability, plan = prediction.probability, None
-        if self.execution is not None:
-            probability, plan = self.execution.plan(prediction, target)
-        return _any_row(probability, active), plan
-
-    # ---- compilation -------------------------------------------------------------------------------------------
-
-    def compile(self, prompt_lengths: Sequence[int], new_tokens: int, example: ExpertWeights) -> float:
-        """Compiles (or loads from the persistent cache) everything the request can need; returns seconds.
-
-        Args:
-          prompt_lengths, new_tokens: the request.
-          example: an expert of the right shapes and dtype, tied to the device as loaded ones are (`committed`).
-        """
-        began = time.perf_counter()
-        B, Tc, S = self.shapes(prompt_lengths, new_tokens)
-        stages, a = self.stages, self.architecture
-        rope = stages.rope(S)
-        chunks = -(-max(prompt_lengths) // Tc)
-        for T, decoding in ((Tc, False), (1, True)):
-            x = stages.embed(self.dense, np.zeros((B, T), np.int32))
-            kv, positions = stages.kv_cache(B, S), np.zeros((B, T), np.int32)
-            for layer in {kind: layer for layer, kind in enumerate(a.layers)}.values():  # one of each kind
-                if a.layers[layer].dense_ff is None:
-                    routed = stages.route(layer, self.dense, rope, x, positions, kv)
-                else:
-                    stages.dense_layer(layer, self.dense, rope, x, positions, kv)
-            h, outputs = routed.h, routed.outputs
-            if decoding:
-                buckets = sorted({bucket(n, B) for n in range(1, B + 1)})
-                shapes = [(arity, size) for arity in (1, 2, 4, 8) if arity <= self.together for size in buckets]
-            else:
-                if chunks > 1:
-                    h, outputs = stages.join([h] * CHUNKS)
-                shapes = [(1, size) for size in sizes(len(h))]
-            for shape in shapes:
-                rows, slots = np.zeros(shape, np.int32), np.full(shape, len(outputs), np.int32)
-                outputs, _ = stages.experts(outputs, h, rows, slots, (example,) * shape[0])
-            if not decoding and chunks > 1:
-                outputs = stages.split(outputs)[0]
-            x = stages.combine(routed.residual, outputs, routed.gates, x)
-        stages.head(self.dense, x).block_until_ready()
-        if self.execution is not None:
-            jax.block_until_ready(self.execution.warm_up(routed))
-        if self.predictor is not None:
-            predict = self.example_prediction(B)
-            jax.block_until_ready(predict())
-            self.prediction_s = a.num_moe_layers * min(
-                timeit.repeat(lambda: jax.block_until_ready(predict()), number=1)
-            )
-            if self._begin is not None:
-                ids = np.zeros((a.num_moe_layers, B, 1, a.top_k), np.int32)
-                state = committed(self.predictor.prime(self.spec, ids))
-                tokens = np.zeros(B, np.int32)
-                embedding = stages.embed(self.dense, tokens[:, None])[:, 0]
-                jax.block_until_ready(self._begin(self.predictor_params, state, embedding, tokens, np.ones(B, bool)))
-        return time.perf_counter() - began
-
-    def example_prediction(self, batch: int) -> Callable[[], Any]:
-        """A call of the predictor alone on zeros, for compilation and timing."""
-        assert self.predictor is not None
-        a = self.architecture
-        zeros = lambda *shape: jnp.zeros((batch, *shape), jnp.float32)
-        ids = jnp.zeros((batch, a.top_k), jnp.int32)
-        residual = zeros(a.d_model).astype(self.stages.dtype)
-        params, layer = self._own[0]
-        features = Features(layer, *committed((residual, zeros(a.num_experts), ids, zeros(a.top_k))))
-        state = committed(self.predictor.prime(self.spec, np.zeros((a.num_moe_layers, batch, 1, a.top_k), np.int32)))
-        return lambda: self._predict(params, state, features, np.ones(batch, bool))
-
-
-def _any_row(probability: jax.Array, active: jax.Array) -> jax.Array:
-    """P(some active row needs the expert) [H, E] from [B, H, E], rows taken as independent."""
-    return 1 - jnp.prod(jnp.where(active[:, None, None], 1 - probability, 1.0), axis=0)

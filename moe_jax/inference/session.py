@@ -16,6 +16,7 @@ from moe_jax.checkpoint.converted import open_checkpoint
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.inference import execution, metrics
+from moe_jax.inference.compilation import compile_for
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.execution import Execution
 from moe_jax.inference.generate import Generation
@@ -195,7 +196,7 @@ class Model:
         example = committed(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec))
         for start in range(0, len(ids), size):
             lengths = [len(prompt) for prompt in ids[start : start + size]]
-            self.compile_s += self.engine.compile(lengths, max_new_tokens, example)
+            self.compile_s += compile_for(self.engine, lengths, max_new_tokens, example)
 
     def _record_oracle(
         self, prompts: Sequence[str], ids: Sequence[list[int]], max_new_tokens: int, sampling: Sampling

@@ -21,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.checkpoint.families import family
+from moe_jax.inference.compilation import compile_for
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import ExpertWeights
 from tests.aot.planted import PLANTED
@@ -74,7 +75,7 @@ class Compiled:
 def calls_of(a: Architecture, batch: int) -> list[tuple[Recorder, str, Any]]:
     """What `Engine.compile` compiles for a batch of prompts that fill the cache."""
     with recording() as calls:
-        abstract_engine(a).compile([POSITIONS - NEW_TOKENS] * batch, NEW_TOKENS, abstract_experts(a))
+        compile_for(abstract_engine(a), [POSITIONS - NEW_TOKENS] * batch, NEW_TOKENS, abstract_experts(a))
         return list(calls.values())
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.evaluation.peers import cgroup, report
+from moe_jax.evaluation.peers import cgroup, race, report
 from moe_jax.evaluation.peers.race import OURS, Contender, Result
 from moe_jax.evaluation.peers.run import Run
 
@@ -42,6 +42,10 @@ def test_a_cold_page_cache(tmp_path):
         pytest.skip("this file system lives in the page cache")
     cgroup.drop_from_page_cache([tmp_path])
     assert cgroup.cached_bytes(file) < 0.05 * MB
+
+
+def test_formats_are_made_in_a_process_of_their_own():
+    assert race._apart(os.getpid) not in (os.getpid(), race._apart(os.getpid))  # pyright: ignore[reportArgumentType]
 
 
 def result(engine, setting, tpot, same=4, capped=True, failure=""):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.inference.compilation import compile_for
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.model.decoder import Stages, committed, device_weights
@@ -123,7 +124,7 @@ def test_compile_covers_every_kind_of_layer(caplog):
 
     with jax.log_compiles():
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), s.checkpoint.expert_spec)
-        engine.compile([5], 3, committed(zeros))
+        compile_for(engine, [5], 3, committed(zeros))
         assert len(compiled()) == 6
         logits, state = engine.prefill([s.prompts[0][:5]], 3)
         for _ in range(3):

@@ -80,8 +80,8 @@ def test_a_predictor_speaks_before_layer_0_has_stated_its_needs(model):
     source.requested, source.offered = 0, []
     decoded = engine.decode(np.array([7], np.int32), state)
     assert [(n, layer) for n, layer, _ in source.offered] == [(max(i, 0), i - 1) for i in range(a.num_layers + 1)]
-    spec, params, router = engine.spec, engine.predictor_params, predictors.Router()
-    assert spec is not None
+    assert engine.forecast is not None
+    spec, params, router = engine.forecast.spec, engine.forecast.params, predictors.Router()
     expected, _ = router.begin(
         params, router.init_state(spec, 1), dense["embedding"][jnp.array([7])], np.array([7], np.int32)
     )

@@ -1,0 +1,99 @@
+"""`Forecast`: a predictor as the decode loop asks it, and what asking costs."""
+
+from __future__ import annotations
+
+import timeit
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.inference.execution import Execution, Plan
+from moe_jax.model.decoder import Routed, committed
+from moe_jax.prediction.interface import Features, Prediction, Predictor, Spec, at
+
+Said = tuple[jax.Array, Plan | None]
+"""P(needed by any active row) float32 [H, E] for the layers that follow; what the first of them is to run, if the
+execution mode plans that."""
+
+
+class Forecast:
+    """A predictor with its parameters, compiled for an execution mode.
+
+    Attributes:
+      cost_s: seconds that the predictions of one token take; measured by `compile`.
+    """
+
+    def __init__(self, predictor: Predictor, spec: Spec, params: Any, execution: Execution | None, dtype: Any):
+        """`execution`: None for `exact`; `dtype`: of the residual."""
+        self.predictor, self.spec, self.cost_s = predictor, spec, 0.0
+        self._execution, self._dtype = execution, dtype
+        self._apply = jax.jit(self._apply_fn)
+        self._begin = None if predictor.begin is None else jax.jit(self._begin_fn)
+        self.use_parameters(params)
+
+    def use_parameters(self, params: Any) -> None:
+        """Replaces the parameters by others of the same shapes."""
+        self.params = committed(params)
+        # Cut out once, so that no call has to look for its own among those of all layers.
+        layers = range(self.spec.num_layers)
+        self._own = [(at(self.predictor, self.params, layer), committed(np.int32(layer))) for layer in layers]
+
+    def state(self, ids: np.ndarray, step: int = 0) -> Any:
+        """The predictor's own state after tokens that were routed to ids int [L, B, T, K]; -1: no token.
+
+        `step`: of the decode step that follows.
+        """
+        return committed(self.predictor.prime(self.spec, ids, step))
+
+    def begin(
+        self, state: Any, embedding: jax.Array, tokens: np.ndarray, active: np.ndarray
+    ) -> tuple[Said | None, Any]:
+        """What is said before layer 0, from the token alone: embedding [B, 1, D], tokens int32 [B]; and the next state.
+
+        Nothing, where the predictor says nothing then.
+        """
+        return (None, state) if self._begin is None else self._begin(self.params, state, embedding, tokens, active)
+
+    def after(self, layer: int, state: Any, routed: Routed, active: np.ndarray) -> tuple[Said, Any]:
+        """What is said once the router of a layer has run, and the next state."""
+        params, number = self._own[layer]
+        features = Features(number, routed.residual, routed.logits, routed.ids, routed.gates)
+        return self._apply(params, state, features, active)
+
+    def compile(self, batch: int, embed: Callable[[np.ndarray], jax.Array]) -> None:
+        """Compiles every call for a batch size, and measures `cost_s`; `embed`: int32 [B] -> [B, 1, D]."""
+        call = self.example(batch)
+        jax.block_until_ready(call())
+        self.cost_s = self.spec.num_layers * min(timeit.repeat(lambda: jax.block_until_ready(call()), number=1))
+        tokens = np.zeros(batch, np.int32)
+        jax.block_until_ready(self.begin(self._no_state(batch), embed(tokens), tokens, np.ones(batch, bool)))
+
+    def example(self, batch: int) -> Callable[[], Any]:
+        """A call of the predictor alone on zeros, for compilation and timing."""
+        s, (params, layer) = self.spec, self._own[0]
+        residual, logits = jnp.zeros((batch, s.d_model), self._dtype), jnp.zeros((batch, s.num_experts), jnp.float32)
+        ids, gates = jnp.zeros((batch, s.top_k), jnp.int32), jnp.zeros((batch, s.top_k), jnp.float32)
+        features, state = Features(layer, *committed((residual, logits, ids, gates))), self._no_state(batch)
+        return lambda: self._apply(params, state, features, np.ones(batch, bool))
+
+    def _no_state(self, batch: int) -> Any:
+        return self.state(np.zeros((self.spec.num_layers, batch, 1, self.spec.top_k), np.int32))
+
+    def _apply_fn(self, params, state, features, active):
+        prediction, state = self.predictor.apply(params, state, features)
+        return self._said(prediction, features.layer + 1, active), state
+
+    def _begin_fn(self, params, state, embedding, tokens, active):
+        assert self.predictor.begin is not None
+        prediction, state = self.predictor.begin(params, state, embedding[:, 0], tokens)
+        return self._said(prediction, 0, active), state
+
+    def _said(self, prediction: Prediction, target: Any, active: jax.Array) -> Said:
+        """Of a prediction whose first layer is `target`; rows are taken as independent."""
+        probability, plan = prediction.probability, None
+        if self._execution is not None:
+            probability, plan = self._execution.plan(prediction, target)
+        return 1 - jnp.prod(jnp.where(active[:, None, None], 1 - probability, 1.0), axis=0), plan

@@ -96,9 +96,11 @@ def test_a_predictor_that_was_not_asked_for_a_while_is_told_what_it_has_missed(m
     checkpoint = HFCheckpoint(directory)
     write_predictor(tmp_path, checkpoint, horizon=2)
 
+    loaded = predictors.load(name, 2, str(tmp_path), a, plain.dense)
+    engine = Engine(plain.stages, plain.dense, plain.source, loaded)
+
     def offered(*wanted):
-        source = Watched(checkpoint)
-        engine = Engine(plain.stages, plain.dense, source, predictors.load(name, 2, str(tmp_path), a, plain.dense))
+        engine.source = source = Watched(checkpoint)
         _, state = engine.prefill(prompts([5, 3]), 9)
         source.wanted, found = iter(wanted), []
         for token in range(len(wanted)):

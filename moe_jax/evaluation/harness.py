@@ -1,6 +1,6 @@
 """The model of `lm-eval` (pip install "moe_jax[eval]"): its tasks, with any execution mode and predictor.
 
-    lm_eval --model moe_jax --tasks hellaswag \\
+    python -m moe_jax.evaluation.lm_eval --model moe_jax --tasks hellaswag \\
         --model_args checkpoint=DIR,execution=speculative_gated,predictor=router,offload.device_budget=25%
 
 Every other flag is lm-eval's own. Arguments of the model are `config` (a document such as configs/mixtral.py, whose

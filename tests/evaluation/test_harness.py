@@ -160,10 +160,9 @@ def test_lm_eval_gets_it_from_the_entry_point():
 
 
 @pytest.mark.slow
-def test_the_command_lm_eval(directory, local_task):
-    lm_eval = str(Path(sys.executable).with_name("lm_eval"))  # as this package installs it
+def test_the_command(directory, local_task):
     model = f"checkpoint={directory},predictor=router,prefetch.horizon=2,execution=speculative_gated"
-    command = [lm_eval, "--model=moe_jax", "--tasks=local"]
+    command = [sys.executable, "-m", "moe_jax.evaluation.lm_eval", "--model=moe_jax", "--tasks=local"]
     command += [f"--include_path={local_task}", f"--model_args={model}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "|local|" in done.stdout.replace(" ", ""), done.stderr
@@ -175,13 +174,11 @@ def test_the_command_lm_eval(directory, local_task):
 
 def test_lm_eval_without_its_package_says_what_to_install(tmp_path):
     (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError(name='lm_eval')")
-    command = [sys.executable, "-m", "moe_jax.evaluation.lm_eval_script", "--help"]
+    command = [sys.executable, "-m", "moe_jax.evaluation.lm_eval", "--help"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "lm_eval_script.py: error: lm_eval is not installed: pip install 'moe_jax[eval]'"
-    ]
+    assert done.stderr.splitlines() == ["lm_eval.py: error: lm_eval is not installed: pip install 'moe_jax[eval]'"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""`lm_eval`, which also knows `--model moe_jax` (see `harness.py`).
+"""`python -m moe_jax.evaluation.lm_eval` is `lm_eval`, which also knows `--model moe_jax` (see `harness.py`).
 
 lm-eval's main branch finds models of other packages by the entry point `lm_eval.models`, which pyproject.toml declares;
-releases up to 0.4.13 and 0.5.0.dev1 do not. Until one does, the script `lm_eval` is this one, `lm-eval` is lm-eval's.
+releases up to 0.4.13 and 0.5.0.dev1 do not. (A script `lm_eval` of our own does not help: pip installs packages of an
+extra in any order, and the last one wins.)
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from moe_jax.errors import UserError
 
 
 def main() -> None:
-    """The script."""
+    """The command line of lm-eval."""
     try:
         from lm_eval.__main__ import cli_evaluate
         from lm_eval.api.registry import model_registry

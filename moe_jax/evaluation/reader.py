@@ -5,7 +5,6 @@ What it takes says what the link gives (T), and beside the replayed executables 
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from moe_jax.checkpoint.converted import Converted
 from moe_jax.model.experts import Key
+from moe_jax.offload.buffers import read_memory
 
 DEPTHS = (1, 2, 4, 8)
 
@@ -74,7 +74,7 @@ class DiskReader:
         """Reads one expert."""
         block = self._blocks[key]
         if getattr(self._local, "buffer", None) is None or len(self._local.buffer) < block.nbytes:
-            self._local.buffer = mmap.mmap(-1, block.nbytes)  # aligned to pages
+            self._local.buffer = read_memory(block.nbytes)
         handle, direct = self._files[block.file]
         view, at = memoryview(self._local.buffer)[: block.nbytes], block.start
         while view:

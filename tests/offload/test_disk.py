@@ -5,6 +5,7 @@ import errno
 import gc
 import os
 import random
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -20,7 +21,7 @@ from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.errors import LoadError
 from moe_jax.offload.bank import Transfer
-from moe_jax.offload.buffers import Buffers
+from moe_jax.offload.buffers import ARENA_BYTES, Buffers
 from moe_jax.offload.disk import DiskBank
 from moe_jax.offload.source import OffloadedExperts
 from tests.offload.rig import eventually, ready, within
@@ -113,6 +114,31 @@ def test_memory_comes_back():
         del arrays
     gc.collect()
     assert buffers.count <= 4
+
+
+@pytest.mark.parametrize("nbytes", [8192, 5 << 20, ARENA_BYTES + 4096])
+def test_buffers_are_apart_on_pages_and_on_huge_pages_where_there_are_any(nbytes):
+    buffers = Buffers(nbytes)
+    lent = [buffers.lend() for _ in range(3)]
+    for value, memory in enumerate(lent):
+        memory[:] = value
+    assert [(memory == value).all() for value, memory in enumerate(lent)] == [True] * 3
+    addresses = [memory.ctypes.data for memory in lent]
+    assert all(len(memory) == nbytes and at % 4096 == 0 for memory, at in zip(lent, addresses, strict=True))
+    if not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+        pytest.skip("this kernel has no transparent huge pages")
+    assert all("hg" in flags_of_mapping(at) for at in addresses)
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            start, end = (int(x, 16) for x in line.split()[0].split("-"))
+            inside = start <= address < end
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"nothing is mapped at {address:x}")
 
 
 class Reads:

@@ -1,6 +1,6 @@
 """The model of `lm-eval` (pip install "moe_jax[eval]"): its tasks, with any execution mode and predictor.
 
-    python -m moe_jax.evaluation.lm_eval --model moe_jax --tasks hellaswag \\
+    lm_eval --model moe_jax --tasks hellaswag \\
         --model_args checkpoint=DIR,execution=speculative_gated,predictor=router,offload.device_budget=25%
 
 Every other flag is lm-eval's own. Arguments of the model are `config` (a document such as configs/mixtral.py, whose
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import model_registry
 from rich.progress import track
 
 from moe_jax.config import Config
@@ -37,7 +37,6 @@ _SHORT = {"predictor": "prefetch.predictor"}
 _LM_EVAL = ("max_batch_size", "device", "metadata")  # what lm_eval gives every model and this one has no use for
 
 
-@register_model("moe_jax")
 class MoeJax(TemplateLM):
     """See the module. Requests are sorted by length, so that batches hold rows of about the same."""
 
@@ -160,6 +159,10 @@ class MoeJax(TemplateLM):
             if ends := [text.index(stop) for stop in stops if stop and stop in text]:
                 return text[: min(ends)]
         return text
+
+
+if "moe_jax" not in model_registry:  # otherwise lm-eval knows it by its entry point, see lm_eval_plugin.py
+    model_registry.register("moe_jax", target=MoeJax)
 
 
 def _pieces(generation: Generation) -> Iterator[str]:

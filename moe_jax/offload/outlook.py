@@ -24,6 +24,30 @@ RECENT_TOKENS = 16
 that it has not needed for a while is less likely than a predictor thinks who knows only the last token."""
 
 
+class Averages:
+    """Moving averages of how often each expert is used, float [L, E]. Adding is cheap: a device waits for it.
+
+    A row is kept over a scale of its own that shrinks instead of all its numbers.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, value: float):
+        self._scaled, self._scale = np.full((num_layers, num_experts), value), np.ones(num_layers)
+
+    def add(self, layer: int, experts: Sequence[int], tokens: int) -> None:
+        """`layer` has used these distinct experts; that counts one part in `tokens`."""
+        scale = float(self._scale[layer]) * (1 - 1 / tokens)
+        if scale < 1e-6:
+            self._scaled[layer] *= scale
+            scale = 1.0
+        for expert in experts:
+            self._scaled[layer, expert] += 1 / (tokens * scale)
+        self._scale[layer] = scale
+
+    def values(self) -> np.ndarray:
+        """The averages."""
+        return self._scaled * self._scale[:, None]
+
+
 class Outlook:
     """Latest predicted probability of every expert, and how often each is used.
 
@@ -33,10 +57,11 @@ class Outlook:
     def __init__(self, num_layers: int, num_experts: int, top_k: int):
         self.prior = top_k / num_experts
         self._value = np.full((num_layers, num_experts), self.prior, np.float32)
-        self._rate = np.full((num_layers, num_experts), self.prior, np.float32)  # uses per token
-        self._passes = np.full(num_layers, PRIOR_TOKENS)
-        self._recent = self._rate.copy()
-        self._odds = np.ones_like(self._rate)  # of recent use, over those of the layer's average expert
+        self._rate = Averages(num_layers, num_experts, self.prior)  # uses per token
+        self._recent = Averages(num_layers, num_experts, self.prior)
+        self._passes = [PRIOR_TOKENS] * num_layers
+        self._odds = np.ones_like(self._value)  # of recent use, over those of the layer's average expert
+        self._unheeded = 0  # layers that have passed since these were worked out
         self._held = np.zeros((num_layers, num_experts), bool)
         # Row l: the layers in the order in which they come after l.
         self._ahead = (np.arange(num_layers)[:, None] + np.arange(1, num_layers + 1)) % num_layers
@@ -58,6 +83,10 @@ class Outlook:
 
         Layer -1 means before layer 0: the rows are those of the last layer, layer 0's first.
         """
+        if self._unheeded >= len(self._value):  # once a token
+            chances = np.clip(self._recent.values(), 1e-3, 1 - 1e-3)
+            average = chances.mean(1, keepdims=True)
+            self._odds, self._unheeded = chances / (1 - chances) * ((1 - average) / average), 0
         targets = self._ahead[layer, : len(probabilities)]
         p = probabilities[: len(targets)]
         likely = p * self._odds[targets]
@@ -67,14 +96,9 @@ class Outlook:
         """`layer` has stated its needs: what was predicted for it is dropped."""
         self._value[layer] = self.prior
         self._passes[layer] = min(self._passes[layer] + 1, RATE_TOKENS)
-        self._rate[layer] *= 1 - 1 / self._passes[layer]
-        self._rate[layer, list(experts)] += 1 / self._passes[layer]
-        recent = self._recent[layer]
-        recent *= 1 - 1 / RECENT_TOKENS
-        recent[list(experts)] += 1 / RECENT_TOKENS
-        chances = np.clip(recent, 1e-3, 1 - 1e-3)
-        average = chances.mean()
-        self._odds[layer] = chances / (1 - chances) * ((1 - average) / average)
+        self._rate.add(layer, experts, self._passes[layer])
+        self._recent.add(layer, experts, RECENT_TOKENS)
+        self._unheeded += 1
 
     def clear(self) -> None:
         """Drops every prediction."""
@@ -132,5 +156,5 @@ class Outlook:
         """
         count = len(self._value)
         distance = (np.arange(count) - layer - 1) % count + 1
-        rate = np.maximum(self._rate, 1e-3)
+        rate = np.maximum(self._rate.values(), 1e-3)
         return (distance[:, None] + (1 - self._value) * count / rate)[table]

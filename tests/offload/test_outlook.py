@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.offload.keys import KeySet
-from moe_jax.offload.outlook import PRIOR_TOKENS, RATE_TOKENS, RECENT_TOKENS, TAKEN, WRONG, Outlook
+from moe_jax.offload.outlook import PRIOR_TOKENS, RATE_TOKENS, RECENT_TOKENS, TAKEN, WRONG, Averages, Outlook
 from tests.offload.rig import E, K, L, predictions
 
 
@@ -184,3 +184,14 @@ def test_offered_arrays_are_not_aliased():
     o.offer(0, table)
     table[:] = np.nan
     assert o.best(0) == ((1, 1), pytest.approx(0.9))
+
+
+def test_averages_are_moving_averages_however_long_they_run():
+    rng, averages = np.random.default_rng(0), Averages(2, 8, 0.25)
+    expected = np.full((2, 8), 0.25)
+    for step in range(3000):  # the scale is renewed several times
+        layer, experts, tokens = step % 2, rng.choice(8, 2, replace=False).tolist(), 16 if step % 4 < 2 else 40
+        averages.add(layer, experts, tokens)
+        expected[layer] *= 1 - 1 / tokens
+        expected[layer, experts] += 1 / tokens
+    np.testing.assert_allclose(averages.values(), expected, rtol=1e-9)

@@ -20,12 +20,11 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from moe_jax import cli
 from moe_jax.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/mixtral.py", "Model, offload and prefetch configuration.")
+CONFIG = cli.config_flag("configs/mixtral.py", "Model, offload and prefetch configuration.")
 MODES = flags.DEFINE_list("modes", "resident,lru,repeat,router,learned", "What to compare.")
 BUDGETS = flags.DEFINE_list("budgets", None, "Device budgets, each as --config.offload.device_budget or `min`.")
 BATCHES = flags.DEFINE_list("batches", "1", "Numbers of prompts that decode together.")

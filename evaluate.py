@@ -15,14 +15,13 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from moe_jax import cli
 from moe_jax.errors import UserError
 
 MODES = ("exact", "speculative", "speculative_gated", "hybrid", "cache_aware")
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/mixtral.py", "Model, offload and prefetch configuration.")
+CONFIG = cli.config_flag("configs/mixtral.py", "Model, offload and prefetch configuration.")
 TEXT = flags.DEFINE_multi_string("text", [], "File to read; repeatable. Default: the shipped test texts.")
 CHOSEN = flags.DEFINE_list("modes", list(MODES), "Execution modes; exact is always there. Default: all that can run.")
 PREDICTORS = flags.DEFINE_list(

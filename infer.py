@@ -14,12 +14,11 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from moe_jax import cli
 from moe_jax.errors import LoadError, UserError
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/mixtral.py", "Model, offload and prefetch configuration.")
+CONFIG = cli.config_flag("configs/mixtral.py", "Model, offload and prefetch configuration.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; repeat the flag to generate for several as one batch.")
 PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file whose whole text is one prompt; repeatable.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to generate for each prompt.")

@@ -6,11 +6,10 @@ A killed run resumes when the same command is given again. `--export=DIR` writes
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from moe_jax import cli
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny_lm.py", "Training configuration.")
+CONFIG = cli.config_flag("configs/tiny_lm.py", "Training configuration.")
 EXPORT = flags.DEFINE_string("export", None, "Directory for the trained model in Hugging Face format (bf16).")
 
 

@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from moe_jax import cli
 from moe_jax.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/predictor.py", "Model, text budget and fit.")
+CONFIG = cli.config_flag("configs/predictor.py", "Model, text budget and fit.")
 TEXT = flags.DEFINE_multi_string("text", [], "File or folder to train on; repeatable. Default: Python's own library.")
 VALIDATION_TEXT = flags.DEFINE_multi_string(
     "validation_text",

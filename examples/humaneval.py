@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from moe_jax import cli
 from moe_jax.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/mixtral.py", "Model, offload and prefetch configuration.")
+CONFIG = cli.config_flag("configs/mixtral.py", "Model, offload and prefetch configuration.")
 OUTPUT = flags.DEFINE_string("output", "samples.jsonl", "File for the samples.")
 LIMIT = flags.DEFINE_integer("limit", 164, "Problems to try, from the first.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Most tokens of a candidate.")

@@ -8,8 +8,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from moe_jax.errors import UserError
 
@@ -86,9 +88,31 @@ def fail(message: str, code: int = 2) -> None:
     sys.exit(code)
 
 
+def config_flag(default: str, help: str) -> flags.FlagHolder:
+    """Defines --config: a document such as `default`, a path from the repository's root, and --config.FIELD=VALUE."""
+    # Where no --config is given, ml_collections reads the default, and what overrides it, here and now.
+    with _plain_errors():
+        root = Path(__file__).parents[1]
+        return config_flags.DEFINE_config_file("config", os.path.relpath(root / default), help)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
-    try:
+    with _plain_errors():
         rest = flags.FLAGS(list(argv))
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        try:
+            getattr(flag.value, "to_dict", None)  # ml_collections hides an unreadable file until the value is used
+        except OSError:
+            fail(f"--{name}={getattr(flag, 'config_filename', '')}: no such config file; see configs/")
+    return rest
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What is wrong with the flags, in one line."""
+    try:
+        yield
     except flags.UnrecognizedFlagError as error:
         close = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
         fail(f"unknown flag --{error.flagname}" + (f"; did you mean --{close[0]}?" if close else "; see --help"))
@@ -108,14 +132,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (TypeError, ValueError) as error:
         fail(f"bad config value: {_line(str(error))}")
     except Exception as error:  # whatever the user's config file raises
+        if absent := re.search(r"Failed loading config file(?s:.*)No such file or directory: '(.*)'", str(error)):
+            fail(f"--config={absent[1]}: no such config file; see configs/")
         fail(f"the config file fails: {type(error).__name__}: {_line(str(error))}")
-    for name in flags.FLAGS:
-        flag = flags.FLAGS[name]
-        try:
-            getattr(flag.value, "to_dict", None)  # ml_collections hides an unreadable file until the value is used
-        except OSError:
-            fail(f"--{name}={getattr(flag, 'config_filename', '')}: no such config file; see configs/")
-    return rest
 
 
 def _unknown_field(message: str) -> str:

@@ -13,11 +13,10 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import threading
 from absl import flags
-from ml_collections import config_flags
 from moe_jax import cli
 from moe_jax.config import Config
 
-CONFIG = config_flags.DEFINE_config_file("config", None)
+CONFIG = cli.config_flag("configs/mixtral.py", "")
 COUNT = flags.DEFINE_integer("count", 1, "", lower_bound=1)
 FAULT = flags.DEFINE_string("fault", "", "")
 
@@ -41,12 +40,10 @@ def script(tmp_path_factory) -> Path:
     return file
 
 
-def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
-    if not any(argument.startswith("--config=") for argument in arguments):
-        arguments = (f"--config={ROOT / 'configs' / 'mixtral.py'}", *arguments)
+def run(script: Path, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **cli.MALLOC}  # set already: no second start
     command = [sys.executable, script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +68,8 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
         (["--config.prefetch.predictor=lerned"], ["none, random", "did you mean learned?"]),
         (["--config.offload.tier=tape"], ["is not one of none, host, disk"]),
         (["--config=absent.py"], ["--config=absent.py: no such config file; see configs/"]),
+        (["--config=absent.py", "--config.batch_size=1"], ["--config=absent.py: no such config file; see configs/"]),
+        (["--config=configs/mixtral.py", "--config.zzz=1"], ["unknown config field", "zzz"]),
         (["--config=configs"], ["--config=configs: no such config file"]),
         (["--config="], ["--config=: no such config file"]),
     ],
@@ -124,6 +123,11 @@ def test_values_arrive(script):
     assert result.returncode == 0, result.stderr
     for part in ("device_budget='10%'", "link_gbps=2.0", "batch_size=3"):
         assert part in result.stdout
+
+
+def test_the_default_config_is_found_from_anywhere(script, tmp_path):
+    result = run(script, "--config.batch_size=3", folder=tmp_path)
+    assert "batch_size=3" in result.stdout, result.stderr
 
 
 def test_interrupt(script):

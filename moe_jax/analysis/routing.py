@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,21 +32,36 @@ from moe_jax.errors import UserError
 
 
 def read_log(directory: Path) -> tuple[Iterator[np.ndarray], int]:
-    """Expert ids int [L, T, K] of every window of an activation log, and the number of experts."""
+    """Expert ids int [L, T, K] of every window of an activation log, and the number of experts.
+
+    Shards that are missing are left out.
+
+    Raises:
+      UserError: it is no such log; and, while the windows are read, a shard is damaged.
+    """
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
+        num_experts, size = int(manifest["spec"]["num_experts"]), int(manifest["shard_windows"])
         lengths = np.load(directory / "windows.npz")["lengths"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory} is not an activation log ({error}); train_predictor.py makes one") from None
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{directory} is not an activation log ({reason}); train_predictor.py makes one") from None
 
     def windows() -> Iterator[np.ndarray]:
-        start = 0
-        for shard in sorted(directory.glob("shard_?????")):
-            for ids in np.load(shard / "ids.npy", mmap_mode="r"):
-                yield np.asarray(ids[:, : lengths[start]], np.int64)
-                start += 1
+        for shard, start in enumerate(range(0, len(lengths), size)):
+            folder, own = directory / f"shard_{shard:05d}", lengths[start : start + size]
+            if not folder.is_dir():
+                continue  # not written yet, or deleted to be written again
+            try:
+                found = np.load(folder / "ids.npy", mmap_mode="r")
+                if len(found) != len(own):
+                    raise ValueError(f"{len(found)} windows instead of {len(own)}")
+            except (OSError, ValueError) as error:
+                raise UserError(f"shard {folder} cannot be read ({error}); delete that folder") from None
+            for ids, length in zip(found, own, strict=True):
+                yield np.asarray(ids[:, :length], np.int64)
 
-    return windows(), manifest["spec"]["num_experts"]
+    return windows(), num_experts
 
 
 def read_parquet(file: Path, num_experts: int) -> list[np.ndarray]:
@@ -65,13 +81,14 @@ def read_parquet(file: Path, num_experts: int) -> list[np.ndarray]:
         sequence, position, layer = (table[name].to_numpy() for name in ("sequence", "position", "layer"))
         if any(not np.issubdtype(column.dtype, np.integer) for column in (sequence, position, layer)):
             raise ValueError("sequence, position and layer must be integers")
+        sequence, position, layer = (column.astype(np.int64) for column in (sequence, position, layer))
         experts = np.array(table["experts"].to_pylist(), np.int64)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a routing trace ({' '.join(str(error).split())[:200]})") from None
     if experts.ndim != 2 or not experts.shape[1]:
         raise UserError(f"{file}: every row must list as many experts")
-    if experts.min() < 0 or experts.max() >= num_experts:
-        raise UserError(f"{file}: expert {experts.max()} is not among 0 to {num_experts - 1}; see --experts")
+    if (beyond := experts[(experts < 0) | (experts >= num_experts)]).size:
+        raise UserError(f"{file}: expert {beyond[0]} is not among 0 to {num_experts - 1}; see --experts")
     if (np.diff(np.sort(experts, 1), axis=1) == 0).any():
         raise UserError(f"{file}: a row lists an expert twice")
     if layer.min() < 0:
@@ -83,6 +100,11 @@ def read_parquet(file: Path, num_experts: int) -> list[np.ndarray]:
         rows = rows[np.lexsort((position[rows], layer[rows]))]
         if len(rows) % layers or (np.bincount(layer[rows], minlength=layers) != len(rows) // layers).any():
             raise UserError(f"{file}: sequence {own} does not have every layer of every token once")
+        at = position[rows].reshape(layers, -1)
+        if (np.diff(at[0]) == 0).any():
+            raise UserError(f"{file}: sequence {own} has two rows of one position and layer; each may have one")
+        if (at != at[0]).any():
+            raise UserError(f"{file}: sequence {own} has other positions in one layer than in another")
         found.append(experts[rows].reshape(layers, len(rows) // layers, -1))
     return found
 

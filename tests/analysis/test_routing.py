@@ -1,6 +1,7 @@
 """Routing statistics of made-up choices whose numbers are known, from a log and from Parquet."""
 
 import re
+import shutil
 import sys
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from moe_jax.analysis import replay, routing
 from moe_jax.errors import UserError
-from moe_jax.prediction import metrics, texts
+from moe_jax.prediction import activation_log, metrics, texts
 from moe_jax.prediction.memory import Frequency, Repeat
 from tests.prediction.synthetic import SPEC, parts, written_log
 
@@ -35,9 +36,33 @@ def test_a_log_counts_only_real_tokens(tmp_path):
     np.testing.assert_array_equal(windows[3], log.read([3]).ids[0, :, :5])
 
 
+def test_a_missing_shard_takes_its_lengths_with_it(tmp_path):
+    """As our own advice "delete that folder" leaves it."""
+    size = activation_log.SHARD_WINDOWS
+    lengths = np.random.default_rng(2).integers(1, 6, 2 * size + 3)
+    log = written_log(tmp_path, count=len(lengths), length=5, lengths=lengths)
+    shutil.rmtree(tmp_path / "shard_00000")
+    windows = list(routing.read_log(tmp_path)[0])
+    assert [w.shape[1] for w in windows] == lengths[size:].tolist()
+    np.testing.assert_array_equal(windows[-1], log.read([len(lengths) - 1]).ids[0, :, : lengths[-1]])
+
+
+def test_a_damaged_shard_is_one_line(tmp_path):
+    written_log(tmp_path, count=3, length=5)
+    file = tmp_path / "shard_00000" / "ids.npy"
+    np.save(file, np.load(file)[:2])
+    with pytest.raises(UserError, match="2 windows instead of 3.*delete that folder"):
+        list(routing.read_log(tmp_path)[0])
+
+
 def test_what_is_no_log_is_one_line(tmp_path):
     with pytest.raises(UserError, match="is not an activation log"):
         routing.read_log(tmp_path)
+    for manifest in ("[]", "{", "{}", '{"spec": 3}', '{"spec": {"num_experts": null}}'):
+        (tmp_path / "manifest.json").write_text(manifest)
+        with pytest.raises(UserError, match="is not an activation log") as error:
+            routing.read_log(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 NAMES = ("sequence", "position", "layer", "experts")
@@ -68,6 +93,11 @@ def test_parquet_in_any_order(tmp_path):
     ("change", "message"),
     [
         (lambda c: {k: v[1:] for k, v in c.items()}, "does not have every layer of every token once"),
+        (lambda c: {k: v + v for k, v in c.items()}, "two rows of one position and layer"),
+        (
+            lambda c: c | {"position": [p + (n == 1) for p, n in zip(c["position"], c["layer"], strict=True)]},
+            "has other",
+        ),
         (lambda c: {k: v for k, v in c.items() if k != "layer"}, "not a routing trace"),
         (lambda c: {k: [] for k in c}, "no rows"),
         (lambda c: c | {"layer": [None, *c["layer"][1:]]}, "a value is missing"),
@@ -77,6 +107,7 @@ def test_parquet_in_any_order(tmp_path):
         (lambda c: c | {"experts": [[] for _ in c["experts"]]}, "every row must list as many experts"),
         (lambda c: c | {"experts": [[2, 2], *c["experts"][1:]]}, "lists an expert twice"),
         (lambda c: c | {"experts": [[0, 4], *c["experts"][1:]]}, "expert 4 is not among 0 to 3; see --experts"),
+        (lambda c: c | {"experts": [[0, -1], *c["experts"][1:]]}, "expert -1 is not among 0 to 3; see --experts"),
     ],
 )
 def test_what_is_no_trace_is_one_line(tmp_path, change, message):

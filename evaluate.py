@@ -16,7 +16,8 @@ from pathlib import Path
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, outputs
+from moe_jax.analysis import pareto
 from moe_jax.errors import UserError
 
 MODES = ("exact", "speculative", "speculative_gated", "hybrid", "cache_aware")
@@ -42,9 +43,12 @@ PROMPT_TOKENS = 48
 
 
 def main() -> None:
-    for flag in (OUTPUT_JSON, PLOT):
-        if flag.value and not Path(flag.value).absolute().parent.is_dir():
-            raise UserError(f"--{flag.name}={flag.value}: its folder does not exist")
+    if OUTPUT_JSON.value:
+        outputs.check("output_json", OUTPUT_JSON.value)
+    for suffix in pareto.SUFFIXES if PLOT.value else ():
+        outputs.check("plot", f"{PLOT.value}.{suffix}")
+    if not CHOSEN.value:
+        raise UserError(f"--modes is empty; give some of {', '.join(MODES)}")
     if unknown := set(CHOSEN.value) - set(MODES):
         raise UserError(f"--modes: {', '.join(sorted(unknown))} is not among {', '.join(MODES)}")
     if ROWS.value < 1 or ROWS.value & (ROWS.value - 1):
@@ -54,8 +58,6 @@ def main() -> None:
     if WINDOW.value < 3 or TOKENS.value < WINDOW.value or PROMPTS.value < 1 or NEW_TOKENS.value < 2:
         raise UserError("--window must be at least 3, --tokens a window, --prompts 1, --new_tokens 2")
     if PLOT.value:
-        from moe_jax.analysis import pareto
-
         pareto.check()
 
     from moe_jax.config import Config
@@ -78,6 +80,7 @@ def main() -> None:
     if MEASURE_RECALL.value:
         measure_recall(model, windows, steps)
         return
+    prompts = prompts_of(model, texts)
     names, unmeasured = available(model)
     chosen = quality.ways(model, CHOSEN.value, names, rows, unmeasured)
     distinct = list({way.reads_like: way for way in chosen}.values())
@@ -89,11 +92,6 @@ def main() -> None:
             found = quality.read(distinct, part, rows, lambda n, done=done: advance(done + n))
             by_text[name] = dict(zip([way.reads_like for way in distinct], found, strict=True))
             done += -(-len(part) // rows) * rows * WINDOW.value
-    prompts = [
-        model.tokenizer.decode(ids[start : start + PROMPT_TOKENS].tolist())
-        for ids in texts.values()
-        for start in range(0, max(1, len(ids) - PROMPT_TOKENS), max(1, len(ids) // PROMPTS.value))
-    ]
     with cli.progress(f"continuing {len(prompts)} prompts", (len(prompts) + 1) * len(chosen)) as advance:
         speeds = quality.generate(model, chosen, prompts, NEW_TOKENS.value, advance)
     table = [
@@ -171,6 +169,26 @@ def cut(ids):
     return ids[: len(ids) // WINDOW.value * WINDOW.value].reshape(-1, WINDOW.value)
 
 
+def prompts_of(model, texts: dict) -> list[str]:
+    """--prompts pieces of each text, evenly spread, none overlapping another."""
+    count, prompts = PROMPTS.value, []
+    for name, ids in texts.items():
+        if count > (most := max(1, len(ids) // PROMPT_TOKENS)):
+            raise UserError(
+                f"--prompts={count}: the {len(ids)} tokens read of {name} hold {most} of {PROMPT_TOKENS} tokens;"
+                f" give --prompts={most}, or more --tokens of a longer text"
+            )
+        starts = range(0, count * (len(ids) // count), len(ids) // count)
+        prompts += [model.tokenizer.decode(ids[start : start + PROMPT_TOKENS].tolist()) for start in starts]
+    positions, longest = model.engine.max_seq_len, max(len(model.tokenizer.encode(prompt)) for prompt in prompts)
+    if NEW_TOKENS.value > (room := positions + 1 - longest):  # the last token generated is never entered
+        raise UserError(
+            f"--new_tokens={NEW_TOKENS.value} is more than the {positions} positions leave after prompts of {longest}"
+            f" tokens; give at most {room}"
+        )
+    return prompts
+
+
 def measure_recall(model, windows: dict, steps: int) -> None:
     """Recall by layer of every predictor, stored with the predictor for `hybrid`."""
     import numpy as np
@@ -226,7 +244,7 @@ def print_table(table: list) -> None:
             pct(q["same_choice"]),
             f"{q['kl']:.4f}",
             pct(q["departed"]),
-            f"{s['agreement']:.1f}/{s['new_tokens']}",
+            f"{s['agreement']:.1f}/{s['new_tokens']:.1f}",
             f"{1e3 * s['tpot_s']:.2f}",
             pct(s["hit_rate"]),
             *(f"{s[name] / 1e6:.3f}" for name in ("waited_bytes", "demand_bytes", "speculative_bytes")),

@@ -7,6 +7,10 @@ from typing import Any
 
 from moe_jax.errors import UserError
 
+SUFFIXES = ("png", "svg")
+LINEAR = 0.1
+"""Up to this many % the axis of quality is linear, and logarithmic beyond: weak predictors cost a thousand times what
+good ones do, which are what the choice is among."""
 _MARKERS = {"exact": "*", "speculative": "o", "speculative_gated": "s", "hybrid": "D", "cache_aware": "^"}
 
 
@@ -40,13 +44,15 @@ def plot(ways: Sequence[dict[str, Any]], path: str) -> None:
         axis.plot(*zip(*front, strict=True), color="gray", linewidth=1, zorder=0)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("perplexity over exact, %")
+    axes[0].set_yscale("symlog", linthresh=LINEAR)
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].set_ylabel(f"perplexity over exact, % (linear up to {LINEAR:g}, then logarithmic)")
     for mode in dict.fromkeys(way["mode"] for way in ways):
         axes[1].plot([], [], _MARKERS[mode], color="black", label=mode)
     for i, name in enumerate(predictors):
         axes[1].plot([], [], "_", color=f"C{i}", markersize=12, markeredgewidth=3, label=f"predictor {name}")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    for suffix in ("png", "svg"):
+    for suffix in SUFFIXES:
         figure.savefig(f"{path}.{suffix}", dpi=150)
 
 

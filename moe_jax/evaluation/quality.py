@@ -224,8 +224,8 @@ class Speed:
     demand_bytes: float
     speculative_bytes: float
     stall_s: float
-    agreement: float  # new tokens until the text leaves that of exact mode, on average; at most `new_tokens`
-    new_tokens: int
+    agreement: float  # new tokens until the text leaves that of exact mode, on average
+    new_tokens: float  # that exact mode generated, on average: fewer than asked for where a text ended
 
 
 def generate(
@@ -235,10 +235,16 @@ def generate(
     new_tokens: int,
     progress: Progress = lambda done: None,
 ) -> list[Speed]:
-    """Continues every prompt greedily in all ways, in turn, so that what disturbs the machine disturbs all alike."""
+    """Continues every prompt greedily in all ways, in turn, so that what disturbs the machine disturbs all alike.
+
+    Args:
+      chosen: the first is the exact one.
+      new_tokens: most to generate after each prompt; a text may end before.
+    """
     source = model.engine.source
     assert isinstance(source, OffloadedExperts)
     same: list[list[int]] = [[] for _ in chosen]
+    lengths: list[int] = []
     original, kept = model.engine, source.trace
     try:
         for turn, prompt in enumerate([prompts[0], *prompts]):  # the first turn warms up
@@ -254,11 +260,13 @@ def generate(
                 exact = exact or ids
                 if turn:
                     way.step_s += generation.timing.step_s
-                    same[i].append(_common(exact, ids) if ids != exact else new_tokens)
+                    same[i].append(_common(exact, ids))
                 progress(turn * len(chosen) + i + 1)
+            lengths += [len(exact)] if turn else []
     finally:
         model.engine, source.trace = original, kept
-    return [_speed(way, found, source.store.expert_bytes, new_tokens) for way, found in zip(chosen, same, strict=True)]
+    size, length = source.store.expert_bytes, float(np.mean(lengths))
+    return [_speed(way, found, size, length) for way, found in zip(chosen, same, strict=True)]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -266,7 +274,11 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _speed(way: Way, same: list[int], expert_bytes: int, new_tokens: int) -> Speed:
+def _speed(way: Way, same: list[int], expert_bytes: int, new_tokens: float) -> Speed:
+    if not way.step_s:
+        raise UserError(
+            "the model ends its text at once after every prompt, so there is nothing to time; give other texts"
+        )
     summary = way.trace.summary()
     moved = summary["bytes_per_token"]
     waited = sum(outcome in ("missed", "late") for s in way.trace.steps() if s.token >= 0 for outcome in s.outcomes)

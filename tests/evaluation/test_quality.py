@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from moe_jax.analysis import pareto
 from moe_jax.config import Config
@@ -79,6 +80,43 @@ def test_generations_take_turns_and_are_compared_with_exact(model):
             assert speed.waited_bytes == pytest.approx(speed.demand_bytes) and speed.speculative_bytes == 0
 
 
+def test_only_what_was_generated_counts(model, tmp_path):
+    """Of a model that ends its text, which greedy generation without eos shows where."""
+    going_on = model.start(["abc"], 8)
+    list(going_on)
+    ids = going_on.outputs[0].token_ids
+    ends = next(i for i in range(2, 8) if ids[i] not in ids[:i])
+    directory = write_tiny(tmp_path, dataclasses.replace(TINY, eos_ids=(ids[ends],)))
+    ending = Model(Config.from_dict({"checkpoint": str(directory), "prefetch": {"predictor": "none"}}))
+    (exact,) = quality.generate(ending, quality.ways(ending, [], ["none"], rows=1), ["abc"], 8)
+    ending.close()
+    assert exact.agreement == exact.new_tokens == ends + 1
+
+
+def test_weak_predictors_leave_the_others_apart_in_the_picture(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    ways = [
+        {
+            "mode": mode,
+            "predictor": predictor,
+            "speed": {"tpot_s": 0.01, "waited_bytes": 1e6},
+            "quality": {"perplexity_ratio": ratio},
+        }
+        for mode, predictor, ratio in (
+            ("exact", "none", 1.0),
+            ("hybrid", "learned", 1.001),
+            ("speculative", "learned", 1.01),
+            ("speculative", "repeat", 80.0),
+        )
+    ]
+    pareto.plot(ways, str(tmp_path / "plot"))
+    axis = figures[0].axes[0]
+    assert "logarithmic" in axis.get_ylabel()
+    heights = [axis.transAxes.inverted().transform(axis.transData.transform((10, y)))[1] for y in (0, 0.1, 1, 7900)]
+    assert min(np.diff(heights)) > 0.05, heights
+
+
 def test_the_pareto_front():
     assert pareto.pareto_front([(3, 0), (1, 5), (2, 6), (2, 1), (4, 0)]) == [(1, 5), (2, 1), (3, 0)]
 
@@ -87,6 +125,21 @@ def test_a_missing_matplotlib_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r'pip install "moe_jax\[plot\]"'):
         pareto.check()
+
+
+def test_mistakes_are_said_before_anything_is_loaded(tmp_path):
+    command = [sys.executable, str(ROOT / "evaluate.py"), f"--config={ROOT}/configs/mixtral.py"]
+    (tmp_path / "plot.svg").mkdir()
+    mistakes = {
+        "--modes=": "--modes is empty; give some of exact, speculative",
+        f"--output_json={tmp_path}": "is a folder; name a file in it",
+        f"--plot={tmp_path}/no/plot": "its folder does not exist",
+        f"--plot={tmp_path}/plot": "plot.svg is a folder",
+    }
+    for flag, message in mistakes.items():
+        done = subprocess.run([*command, flag], capture_output=True, text=True, timeout=100, cwd=ROOT)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and message in line
 
 
 @pytest.mark.slow
@@ -115,6 +168,8 @@ def test_the_script(directory, tmp_path):
         "--predictors=none --modes=hybrid": "name a predictor",
         "--window=999 --tokens=999": "more than the 256 positions",
         f"--text={text}": "another text has this name",
+        "--new_tokens=250": "more than the 256 positions leave after prompts of 48 tokens; give at most 209",
+        "--prompts=2": "hold 1 of 48 tokens; give --prompts=1",
     }
     for flags, message in mistakes.items():
         wrong = subprocess.run([*command, *flags.split()], capture_output=True, text=True, timeout=100, cwd=ROOT)

@@ -20,7 +20,7 @@ TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8
 @pytest.fixture
 def fading(monkeypatch, tmp_path):
     """One file, and one line."""
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    code = re.findall(r"```python\n(.*?)```", TEXT, re.S)[0]
     (name, module, found) = re.findall(r'`"(\w+)": "moe_jax\.prediction\.(\w+):(\w+)",`', TEXT)[0]
     (tmp_path / f"{module}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

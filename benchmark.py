@@ -21,7 +21,7 @@ from pathlib import Path
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, outputs
 from moe_jax.errors import UserError
 
 CONFIG = cli.config_flag("configs/mixtral.py", "Model, offload and prefetch configuration.")
@@ -47,9 +47,10 @@ PLOT = flags.DEFINE_string("plot", None, "Draw TPOT against the budget into PLOT
 def main() -> None:
     from moe_jax.config import Config
 
-    for flag in (OUTPUT_JSON, PLOT):
-        if flag.value and not Path(flag.value).absolute().parent.is_dir():
-            raise UserError(f"--{flag.name}={flag.value}: its folder does not exist")
+    if OUTPUT_JSON.value:
+        outputs.check("output_json", OUTPUT_JSON.value)
+    for suffix in ("png", "svg") if PLOT.value else ():
+        outputs.check("plot", f"{PLOT.value}.{suffix}")
     batches, lengths = numbers(BATCHES), numbers(PROMPT_LENGTHS) if PROMPT_LENGTHS.value else [None]
     plot = None
     if PLOT.value:  # what is missing is better said before the measurement

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, outputs
 from moe_jax.errors import LoadError, UserError
 
 CONFIG = cli.config_flag("configs/mixtral.py", "Model, offload and prefetch configuration.")
@@ -38,8 +38,8 @@ DEFAULT_PROMPTS = ["And the LORD said unto", "def read_file(path):\n"]
 def main() -> None:
     prompts, chosen = read_prompts()
     for flag in (OUTPUT_JSON, TRACE, REPORT):
-        if flag.value and not Path(flag.value).absolute().parent.is_dir():
-            raise UserError(f"--{flag.name}={flag.value}: its folder does not exist")
+        if flag.value:
+            outputs.check(flag.name, flag.value)
     if SYSTEM.value and not CHAT.value:
         raise UserError("--system needs --chat")
 
@@ -63,8 +63,8 @@ def main() -> None:
         metrics = model.metrics(generation, bounds=not isinstance(ended, LoadError))
     print_table(metrics, config.offload.link_gbps > 0)
     if OUTPUT_JSON.value:
-        outputs = [vars(output) for output in generation.outputs]
-        document = {"config": dataclasses.asdict(model.config), "outputs": outputs, "metrics": metrics}
+        texts = [vars(output) for output in generation.outputs]
+        document = {"config": dataclasses.asdict(model.config), "outputs": texts, "metrics": metrics}
         Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
     if TRACE.value:
         model.engine.source.trace.save(TRACE.value)  # pyright: ignore[reportAttributeAccessIssue]

@@ -104,6 +104,7 @@ MISTAKES = {
     "small budget": (["--config.checkpoint={good}", "--config.offload.device_budget=1KiB"], "smallest"),
     "no such prompt file": (["--config.checkpoint={good}", "--prompt_file=/nowhere.txt"], "/nowhere.txt"),
     "bad output folder": (["--config.checkpoint={good}", "--output_json=/no/such/folder/x.json"], "/no/such/folder"),
+    "a folder as trace": (["--config.checkpoint={good}", "--trace=/tmp"], "is a folder"),
     "disk tier of a Hugging Face directory": (
         ["--config.checkpoint={good}", "--config.offload.tier=disk"],
         "python convert.py --checkpoint={good}",

@@ -12,7 +12,9 @@ has not seen. Killed at any moment, the same command goes on where it stopped an
 import dataclasses
 import functools
 import json
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -47,12 +49,28 @@ ABLATE = flags.DEFINE_multi_string(
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write scores and timings to this file.")
 
 CHOSEN_ON = 96  # windows of the validation texts that the best predictor of every layer is chosen on
-COMPARED = ("learned", "best_per_layer", "router", "default_vector", "repeat", "frequency", "random")  # in the tables
+
+
+def writable(flag: str, folder: Path) -> None:
+    """Raises UserError where no file can be made in a folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}: no file can be made in {folder} ({error.strerror}); choose another place") from None
 
 
 def main() -> None:
-    if OUTPUT_JSON.value and not Path(OUTPUT_JSON.value).absolute().parent.is_dir():
-        raise UserError(f"--output_json={OUTPUT_JSON.value}: its folder does not exist")
+    if OUTPUT_JSON.value:
+        flag, file = f"--output_json={OUTPUT_JSON.value}", Path(OUTPUT_JSON.value).absolute()
+        if not file.parent.is_dir():
+            raise UserError(f"{flag}: its folder does not exist")
+        if file.is_dir():
+            raise UserError(f"{flag} is a folder; name a file, for instance {file / 'scores.json'}")
+        if not file.exists():
+            writable(flag, file.parent)
+        elif not os.access(file, os.W_OK):
+            raise UserError(f"{flag} cannot be written to; name another file")
     if bool(SCORE.value) + bool(CALIBRATE.value) + bool(ABLATE.value) > 1:
         raise UserError("--score, --calibrate and --ablate are different things to do; give one of them")
     started = time.time()
@@ -64,21 +82,24 @@ def main() -> None:
     from moe_jax.model.layers import parameter_counts
     from moe_jax.prediction import best as best_per_layer
     from moe_jax.prediction import calibration, fit, lookahead, metrics, predictors, report, saved, scalars, texts
-    from moe_jax.prediction.activation_log import ActivationLog
+    from moe_jax.prediction.activation_log import ActivationLog, room
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
 
     settings = fit.FitConfig(**c["fit"], seed=c["seed"])
     variants = {loss: dataclasses.replace(settings, loss=loss) for loss in ABLATE.value}
-    if c["max_tokens"] < 1:
-        raise UserError(f"config.max_tokens must be at least 1, not {c['max_tokens']}")
+    for name in ("max_tokens", "max_scored_tokens"):
+        if c[name] < 1:
+            raise UserError(f"config.{name} must be at least 1, not {c[name]}")
+    compared = predictors.compared()  # one that cannot be imported fails now
     output = Path(c["output"])
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"config.output={output}: no folder can be made there ({error.strerror})") from None
+    writable(f"config.output={output}", output)
     offload = {"tier": c["tier"], "device_budget": c["device_budget"]}
     chunk = activations.BATCH * c["window"]  # a batch of windows is one prefill chunk
-    values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk}
+    values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk, "dtype": c["dtype"]}
     model = Model(Config.from_dict(values | {"prefetch": {"predictor": "none"}}))
     a = model.checkpoint.architecture
     horizon = min(c["horizon"], a.num_moe_layers)  # further ahead every layer has been seen
@@ -91,12 +112,15 @@ def main() -> None:
     if not 2 <= c["window"] < a.max_seq_len:
         raise UserError(f"config.window={c['window']} must be from 2 to {a.max_seq_len - 1} for this model")
 
-    def logged(name, plan):
-        log = ActivationLog(output / "log" / name, spec, identity, plan)
-        title = f"logging {name} text, {plan.lengths.sum():,} tokens"
-        with report.progress(title, len(plan.tokens)) as advance:
-            activations.write_log(model.engine, log, lambda done: advance(done, {}))
-        return log
+    def logged(**plans):
+        """The logs of some plans, in their order."""
+        logs = [ActivationLog(output / "log" / name, spec, identity, plan, c["dtype"]) for name, plan in plans.items()]
+        print(room(logs), file=sys.stderr)
+        for log in logs:
+            title = f"logging {log.directory.name} text, {log.windows.lengths.sum():,} tokens"
+            with report.progress(title, len(log.windows.tokens)) as advance:
+                activations.write_log(model.engine, log, lambda done, advance=advance: advance(done, {}))
+        return logs
 
     def score(name, log, weights, windows=None):
         own = predictors.params_of(name, spec, parts, weights, c["seed"])
@@ -147,7 +171,7 @@ def main() -> None:
     def tell(log, weights, summary):
         """The tables on the test texts, and the document for programs."""
         summary = summary | {"test_tokens": int(log.windows.lengths.sum())}
-        scores = {name: score(name, log, weights) for name in COMPARED}
+        scores = {name: score(name, log, weights) for name in compared}
         report.print_scores(scores, spec)
         if OUTPUT_JSON.value:
             by_name = {name: score.to_dict() for name, score in scores.items()}
@@ -157,15 +181,20 @@ def main() -> None:
     ours = {name: sorted(map(str, shipped(name).glob("*.txt"))) for name in ("development", "held_out")}
     chosen_on, tests = VALIDATION_TEXT.value or ours["development"], TEST_TEXT.value or ours["held_out"]
     encode = model.tokenizer.encode
-    test_plan = texts.plan(encode, tests, c["window"])
+    scored = functools.partial(
+        texts.plan, encode, window=c["window"], max_tokens=c["max_scored_tokens"], seed=c["seed"], in_order=True
+    )
     if named := SCORE.value or CALIBRATE.value:
         directory = shipped("predictor") if named == "shipped" else Path(named)
         weights = saved.load(directory, spec, identity)
         if CALIBRATE.value:
-            calibrate(directory, logged("validation", texts.plan(encode, chosen_on, c["window"])), weights)
+            writable(f"--calibrate={named}", directory)
+            [validation] = logged(validation=scored(chosen_on))
+            calibrate(directory, validation, weights)
             print(f"stored in {directory / calibration.FILE}")
         else:
-            tell(logged("test", test_plan), weights, {"model": identity, "predictor": str(directory)})
+            [test] = logged(test=scored(tests))
+            tell(test, weights, {"model": identity, "predictor": str(directory)})
         model.close()
         return
 
@@ -173,13 +202,13 @@ def main() -> None:
     # Neither what is tested on nor what is chosen on is trained on, whoever ships it.
     exclude = [*chosen_on, *tests, *ours["development"], *ours["held_out"]]
     train_plan = texts.plan(encode, sources, c["window"], c["max_tokens"], c["seed"], exclude=exclude)
-    validation_plan = texts.plan(encode, chosen_on, c["window"])
-    log, validation = logged("train", train_plan), logged("validation", validation_plan)
+    plans = {"train": train_plan, "validation": scored(chosen_on)}
     if variants:
+        log, validation = logged(**plans)
         ablate(log, validation)
         model.close()
         return
-    test = logged("test", test_plan)
+    log, validation, test = logged(**plans, test=scored(tests))
     logged_s = time.time() - started
 
     params, best = fitted(settings, output, "fitting", log, validation)

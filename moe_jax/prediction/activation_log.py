@@ -7,18 +7,20 @@
                         the real tokens routed to each expert the sum of its outputs `sums` float32 [L, E, D] and their
                         number `counts` int64 [L, E]
 
-A shard is written beside its place and renamed when it is complete, so a shard that exists is done.
+A shard is written beside its place and renamed when it is complete, so a shard that exists is done. `room` says what
+is still to be written, and whether the disk has room for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -61,24 +63,26 @@ def half(x: np.ndarray) -> np.ndarray:
 class ActivationLog:
     """A log, complete or not. `missing()` says which shards are still to be written."""
 
-    def __init__(self, directory: str | Path, spec: Spec, model: str, windows: Windows):
+    def __init__(self, directory: str | Path, spec: Spec, model: str, windows: Windows, dtype: str = "float32"):
         """Opens the log of these windows, or starts it.
 
         Args:
           directory: where it lies.
           spec, model: sizes and fingerprint of the model.
           windows: what is logged.
+          dtype: what the model computes in.
 
         Raises:
-          UserError: the directory holds a log of another model or of other text.
+          UserError: the directory holds a log of another model, text or dtype, or cannot be written to.
         """
         self.directory, self.windows = Path(directory), windows
-        self.shapes = (spec.num_layers, windows.tokens.shape[1])
+        self.shapes, self._spec = (spec.num_layers, windows.tokens.shape[1]), spec
         manifest = {
             "schema": SCHEMA,
             "model": model,
             "spec": dataclasses.asdict(dataclasses.replace(spec, horizon=1)),
             "text": windows.digest(),
+            "dtype": dtype,
             "windows": len(windows.tokens),
             "window_tokens": windows.tokens.shape[1],
             "tokens": int(windows.lengths.sum()),
@@ -86,29 +90,35 @@ class ActivationLog:
         }
         file = self.directory / "manifest.json"
         if file.exists():
-            found = _read(file)
-            for key, what in (("schema", "another version"), ("model", "another model"), ("text", "other text")):
+            found = {"dtype": "float32"} | _read(file)  # all that there was before it was written down
+            kinds = {"schema": "another version", "model": "another model", "text": "other text"}
+            for key, what in (kinds | {"dtype": "a model in another dtype"}).items():
                 if found.get(key) != manifest[key]:
                     raise UserError(f"{directory} is an activation log of {what}; delete it or choose another folder")
             if found != manifest:
                 raise UserError(f"{file} is damaged; delete {directory}")
         else:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            np.savez(
-                self.directory / "windows.npz",
-                tokens=windows.tokens,
-                lengths=windows.lengths,
-                documents=windows.documents,
-            )
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(manifest, indent=1) + "\n")
-            os.replace(partial, file)
+            with _writing(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+            with _writing(self.directory / "windows.npz") as plan:
+                np.savez(plan, tokens=windows.tokens, lengths=windows.lengths, documents=windows.documents)
+            with _writing(file):
+                partial = file.with_suffix(".partial")
+                partial.write_text(json.dumps(manifest, indent=1) + "\n")
+                os.replace(partial, file)
         self._manifest = manifest
         self._open: dict[int, list[np.ndarray]] = {}
 
     def identity(self) -> dict[str, str]:
-        """What the log is of: fingerprint of the model, digest of the text."""
-        return {"model": self._manifest["model"], "text": self._manifest["text"]}
+        """What the log is of: fingerprint of the model, digest of the text, dtype of the model."""
+        return {key: self._manifest[key] for key in ("model", "text", "dtype")}
+
+    def missing_bytes(self) -> int:
+        """About how many bytes the missing shards will take."""
+        (L, T), E, D, K = self.shapes, self._spec.num_experts, self._spec.d_model, self._spec.top_k
+        window = 2 * T * (D + L * (D + E + 2 * K))
+        shard = L * E * (4 * D + 8)
+        return sum(len(self.rows(missing)) * window + shard for missing in self.missing())
 
     def missing(self) -> list[int]:
         """Shards that are not complete."""
@@ -120,19 +130,36 @@ class ActivationLog:
         return np.arange(start, min(start + SHARD_WINDOWS, len(self.windows.tokens)))
 
     def write(self, shard: int, activations: Activations, outputs: Outputs) -> None:
-        """Stores one shard: the activations of `rows(shard)`, of any float dtype, and what their experts gave."""
+        """Stores one shard: the activations of `rows(shard)`, of any float dtype, and what their experts gave.
+
+        Raises:
+          UserError: the disk does not take it. What was stored before stays, and this shard is missing as before.
+        """
         expected = (len(self.rows(shard)), *self.shapes)
         partial = self._path(shard).with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        try:
+            self._fill(partial, expected, activations, outputs)
+            with _writing(self._path(shard)) as place:
+                os.rename(partial, place)
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)  # what may be the last room there is
+            raise
+
+    def _fill(self, partial: Path, expected: tuple[int, ...], activations: Activations, outputs: Outputs) -> None:
+        """The files of a shard of [n, L, T] = `expected`."""
+        with _writing(partial):
+            partial.mkdir()
         for name in ARRAYS:
             array = getattr(activations, name)
             shape = array.shape[:-1] if array.ndim == 4 else (array.shape[0], self.shapes[0], array.shape[1])
             if shape != expected:
                 raise ValueError(f"{name} is {array.shape}, the log wants {expected}")
-            np.save(partial / f"{name}.npy", half(array) if _DTYPES[name] == np.float16 else array.astype(np.uint16))
-        np.savez(partial / "outputs.npz", sums=outputs.sums.astype(np.float32), counts=outputs.counts.astype(np.int64))
-        os.rename(partial, self._path(shard))
+            with _writing(partial / f"{name}.npy") as file, file.open("wb") as opened:
+                small = half(array) if _DTYPES[name] == np.float16 else array.astype(np.uint16)
+                np.save(_Plain(opened), small)
+        with _writing(partial / "outputs.npz") as file:
+            np.savez(file, sums=outputs.sums.astype(np.float32), counts=outputs.counts.astype(np.int64))
 
     def read(
         self, windows: Sequence[int] | np.ndarray, layer: int | None = None, only: Sequence[str] = ARRAYS
@@ -179,6 +206,46 @@ class ActivationLog:
 
     def _path(self, shard: int) -> Path:
         return self.directory / f"shard_{shard:05d}"
+
+
+def room(logs: Sequence[ActivationLog]) -> str:
+    """What some logs in one folder still have to write, and what the disk has free, as a line for people.
+
+    Raises:
+      UserError: they are larger than what is free.
+    """
+    sizes, folder = {log.directory.name: log.missing_bytes() for log in logs}, logs[0].directory.parent
+    free = shutil.disk_usage(folder).free
+    if sum(sizes.values()) > free:
+        raise UserError(
+            f"the log would take {_gigabytes(sum(sizes.values()))}, and {_gigabytes(free)} are free on the disk of"
+            f" {folder}; make room, lower --config.max_tokens, or choose another disk with --config.output"
+        )
+    each = ", ".join(f"{name} {_gigabytes(size)}" for name, size in sizes.items())
+    return f"log: {_gigabytes(sum(sizes.values()))} to write ({each}), {_gigabytes(free)} free in {folder}"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
+
+
+class _Plain:
+    """A file that NumPy only writes to: its own way around Python loses the end of an array where the disk is full."""
+
+    def __init__(self, file: BinaryIO):
+        self.write = file.write
+
+
+@contextlib.contextmanager
+def _writing(file: Path) -> Iterator[Path]:
+    """Gives the file back; that the disk does not take it is the user's to know, in one line."""
+    try:
+        yield file
+    except OSError as error:
+        raise UserError(
+            f"{file}: the log cannot be written there ({error.strerror or error}); make room, or choose another disk"
+            " with --config.output: the same command then goes on where it stopped"
+        ) from None
 
 
 def _read(file: Path) -> dict:

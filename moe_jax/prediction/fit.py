@@ -3,6 +3,9 @@
 Least squares against the target layers' router logits gets the direct part near its best in one pass over the log,
 which thousands of gradient steps would not (`closed_form.py`). Gradient descent on a sum of losses (`losses.py`) then
 trains all of it: outputs become calibrated probabilities.
+
+A fit in bfloat16 computes its gradient steps so. The trained tables and the state of the optimizer stay float32, as do
+the losses, the closed form and the looks at the validation windows, which choose among networks as they will be used.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import optax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from moe_jax.config import choices
 from moe_jax.errors import UserError
 from moe_jax.prediction import losses
 from moe_jax.prediction.activation_log import ActivationLog, Activations
@@ -53,6 +57,8 @@ class FitConfig:
       evaluate_every: steps between looks at the validation windows; the best of them is kept.
       checkpoint_every: steps between checkpoints.
       patience: looks without a better recall after which training stops.
+      seed: of everything random.
+      dtype: what gradient steps are computed in: "float32" or "bfloat16".
     """
 
     expert_hidden: int
@@ -67,9 +73,14 @@ class FitConfig:
     evaluate_every: int
     checkpoint_every: int
     patience: int
+    dtype: str = "float32"
 
     def __post_init__(self):
         losses.check(self.loss)
+        if self.dtype not in choices("dtype"):
+            raise UserError(f"config.fit.dtype={self.dtype!r} is not one of {', '.join(choices('dtype'))}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"config.seed must be from 0 to {2**32 - 1}, not {self.seed}")
         least = {
             "expert_hidden": 1,
             "tokens": 1,
@@ -157,7 +168,7 @@ def fit(
             if step - int(state["best"]["step"]) >= c.patience * c.evaluate_every:
                 break
             batch = log.read(_rows(train, step, c.batch_windows, c.seed))
-            state, loss = _update(c.schedule(), c.loss, spec, state, batch)
+            state, loss = _update(c.schedule(), c.loss, c.dtype, spec, state, batch)
             done = step + 1
             progress(done, {"loss": float(loss)})
             if done % c.evaluate_every == 0 or done == c.steps:
@@ -201,9 +212,9 @@ def _best(recall: float, loss: float, step: int, network: dict[str, Any]) -> dic
     return numbers | {"step": np.array(step, np.int32), "network": network}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _update(
-    schedule: Schedule, loss: str, spec: Spec, state: dict[str, Any], a: Activations
+    schedule: Schedule, loss: str, dtype: str, spec: Spec, state: dict[str, Any], a: Activations
 ) -> tuple[dict[str, Any], jax.Array]:
     """One gradient step; the new state and the loss before it."""
     inputs, wanted = window_inputs(spec.norm_eps, a, state["row"]), losses.wanted(spec, a)

@@ -218,13 +218,18 @@ class Inputs(NamedTuple):
     gates: jax.Array  # float32 [L, W, T, E], 0 for those not chosen
 
 
-def score_windows(network: Any, inputs: Inputs, top_k: int) -> tuple[jax.Array, jax.Array]:
+def score_windows(network: Any, inputs: Inputs, top_k: int, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
     """What `begin` and `apply` say of whole windows, without going through them token by token.
+
+    Args:
+      dtype: of tables, activations and estimates on the way to the logits.
 
     Returns:
       Estimated router logits and logits of membership, float32 [P, W * T, H, E], of all P = L + 1 places.
     """
-    rows, x, logits, gates = inputs
+    own = {name: network[name][:, None] for name in ("scale", "shift")}
+    network = {name: table.astype(dtype) for name, table in network.items()}
+    rows, (x, logits, gates) = inputs.rows, (z.astype(dtype) for z in inputs[1:])
     L, W, T, E = gates.shape
     this, after, guess = jnp.moveaxis(network["tokens"][rows], (2, 3), (0, 1))  # [L, W, T, E]
     base = this + before(after)
@@ -249,11 +254,10 @@ def score_windows(network: Any, inputs: Inputs, top_k: int) -> tuple[jax.Array, 
 
     of_layers = (said, guess, network["keep"], heard + of_experts)
     # What a token leaves for the next one does not depend on the estimates that it began with.
-    left = jax.lax.scan(layer, jnp.zeros((W, T, L, E)), of_layers)[0]
+    left = jax.lax.scan(layer, jnp.zeros((W, T, L, E), dtype), of_layers)[0]
     began = jnp.moveaxis(base, 0, 2) + before(left[None])[0] * network["begin_keep"]
     stages = jax.lax.scan(layer, began, of_layers)[1]
-    logits = jnp.concatenate([began[None, :, :, :H], stages]).reshape(L + 1, W * T, H, E)
-    own = {name: by_layer(network[name])[:, 0] for name in ("scale", "shift")}
+    logits = jnp.concatenate([began[None, :, :, :H], stages]).reshape(L + 1, W * T, H, E).astype(jnp.float32)
     return logits, margins(own, logits, top_k)
 
 

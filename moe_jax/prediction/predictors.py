@@ -35,6 +35,14 @@ __all__ += ["Predictor", "Random", "Repeat", "Router", "Spec", "load", "named", 
 
 
 TRAINED = (DefaultVector.name, Learned.name, BestPerLayer.name)
+OURS = (*(p.name for p in (Learned, BestPerLayer, Router, DefaultVector, Repeat, Frequency, Random)),)
+"""In the order in which tables name them."""
+
+
+def compared() -> dict[str, Predictor]:
+    """For tables of recall: ours, then whatever else is registered. The oracle would be right everywhere."""
+    others = [name for name in PREDICTORS if name not in (*OURS, "none", Oracle.name)]
+    return {name: named(name) for name in (*OURS, *others)}
 
 
 def named(name: str) -> Predictor:

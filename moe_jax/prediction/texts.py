@@ -51,6 +51,7 @@ def plan(
     max_tokens: int | None = None,
     seed: int = 0,
     exclude: Sequence[str | Path] = (),
+    in_order: bool = False,
 ) -> Windows:
     """Cuts texts into windows of `window` tokens.
 
@@ -58,16 +59,18 @@ def plan(
       encode: text to token ids, bos included.
       sources: files or folders; each gets an equal share of the budget, its documents in an order given by `seed`.
       max_tokens: budget; None takes everything, in the order of the files.
+      in_order: what is taken stands in the order of the files, so that a budget that is large enough changes nothing.
       exclude: files or folders whose text must not be learned from: a document that shares lines with them is left out.
 
     Raises:
       UserError: a source is missing or holds no text.
     """
-    banned = set().union(*(_line_ends(text) for path in exclude for _, text in _documents(Path(path), None)))
+    banned = set().union(*(_line_ends(text) for path in exclude for *_, text in _documents(Path(path), None)))
     rows, lengths, documents, names = [], [], [], []
     for source in sources:
         taken, found = 0, False
-        for name, text in _documents(Path(source), seed if max_tokens else None):
+        chosen: list[tuple[int, str, list[list[int]]]] = []
+        for place, name, text in _documents(Path(source), seed if max_tokens else None):
             found = True
             lines = _line_ends(text)
             if len(lines & banned) > 0.05 * len(lines):
@@ -76,13 +79,14 @@ def plan(
             if room is not None and room < min(SHORTEST, window):
                 break
             ids = encode(text)[:room]
-            for start in range(0, len(ids), window):
-                part = ids[start : start + window]
-                if len(part) >= min(SHORTEST, window):
-                    rows.append(np.pad(np.asarray(part, np.int32), (0, window - len(part))))
-                    lengths.append(len(part))
-                    documents.append(len(names))
-                    taken += len(part)
+            pieces = [ids[start : start + window] for start in range(0, len(ids), window)]
+            pieces = [piece for piece in pieces if len(piece) >= min(SHORTEST, window)]
+            taken += sum(map(len, pieces))
+            chosen.append((place, name, pieces))
+        for _, name, pieces in sorted(chosen) if in_order else chosen:
+            rows += [np.pad(np.asarray(piece, np.int32), (0, window - len(piece))) for piece in pieces]
+            lengths += map(len, pieces)
+            documents += [len(names)] * len(pieces)
             names.append(name)
         if not found:
             raise UserError(f"{source} holds no text; --text takes UTF-8 files and folders of {' '.join(SUFFIXES)}")
@@ -91,8 +95,11 @@ def plan(
     return Windows(np.stack(rows), np.array(lengths, np.int32), np.array(documents, np.int32), names)
 
 
-def _documents(source: Path, seed: int | None) -> Iterator[tuple[str, str]]:
-    """(name, text) of every piece of at most PIECE_CHARS of the files of a source; shuffled unless `seed` is None."""
+def _documents(source: Path, seed: int | None) -> Iterator[tuple[int, str, str]]:
+    """(place in the order of the files, name, text) of every piece of at most PIECE_CHARS of the files of a source.
+
+    Shuffled unless `seed` is None.
+    """
     if source.is_dir():
         files = [p for p in sorted(source.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
         files = [p for p in files if not {"site-packages", "dist-packages"} & set(p.relative_to(source).parts)]
@@ -105,20 +112,20 @@ def _documents(source: Path, seed: int | None) -> Iterator[tuple[str, str]]:
         files = [source]
     else:
         raise UserError(f"text {source} does not exist; give --text a file or a folder")
-    pieces: list[tuple[str, Path, int]] = []  # read again when used: a large folder is never in memory as a whole
+    pieces: list[tuple[int, str, Path, int]] = []  # read again when used: a large folder is never in memory as a whole
     for path in files:
         name = path.relative_to(source).as_posix() if source.is_dir() else path.name
         count = max(1, -(-path.stat().st_size // PIECE_CHARS))
-        pieces += [(f"{name}#{part}", path, part) for part in range(count)]
+        pieces += [(len(pieces) + part, f"{name}#{part}", path, part) for part in range(count)]
     if seed is not None:
-        pieces.sort(key=lambda piece: hashlib.sha256(f"{seed}/{piece[0]}".encode()).digest())
-    for name, path, part in pieces:
+        pieces.sort(key=lambda piece: hashlib.sha256(f"{seed}/{piece[1]}".encode()).digest())
+    for place, name, path, part in pieces:
         try:
             text = path.read_text(encoding="utf-8")[part * PIECE_CHARS : (part + 1) * PIECE_CHARS]
         except UnicodeDecodeError:
             continue
         if text.strip():
-            yield name, text
+            yield place, name, text
 
 
 def _line_ends(text: str) -> set[str]:

@@ -1,5 +1,10 @@
 """The log: what goes in comes out, shard by shard, and only for the model and text it was made for."""
 
+import contextlib
+import resource
+import shutil
+import types
+
 import numpy as np
 import pytest
 
@@ -52,6 +57,84 @@ def test_it_refuses_another_model_and_other_text(tmp_path):
     (tmp_path / "manifest.json").write_text("[")
     with pytest.raises(UserError, match="is damaged; delete"):
         ActivationLog(tmp_path, SPEC, MODEL, log.windows)
+
+
+def test_it_refuses_a_model_in_another_dtype(tmp_path):
+    plan = windows(5, 8)
+    ActivationLog(tmp_path, SPEC, MODEL, plan, "bfloat16")
+    assert ActivationLog(tmp_path, SPEC, MODEL, plan, "bfloat16").identity()["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match="of a model in another dtype; delete it"):
+        ActivationLog(tmp_path, SPEC, MODEL, plan)
+
+
+def test_a_log_from_before_dtypes_were_written_down_is_one_in_float32(tmp_path):
+    log = written_log(tmp_path, count=5, length=8)
+    file = tmp_path / "manifest.json"
+    file.write_text(file.read_text().replace(' "dtype": "float32",\n', ""))
+    assert "dtype" not in file.read_text()
+    assert ActivationLog(tmp_path, SPEC, MODEL, log.windows).missing() == []
+    with pytest.raises(UserError, match="in another dtype"):
+        ActivationLog(tmp_path, SPEC, MODEL, log.windows, "bfloat16")
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A disk that takes so many bytes of a file and no more, as `ulimit -f` makes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("most", "file"), [(500, "shard_00001.partial/embedding.npy"), (1500, "shard_00001.partial/residual.npy")]
+)
+def test_a_disk_that_is_full_ends_in_one_line_and_loses_no_shard(tmp_path, most, file):
+    arrays = activations(SPEC, parts(), 10, 8)
+    log = ActivationLog(tmp_path, SPEC, MODEL, windows(10, 8))
+    log.write(0, logged(arrays, log.rows(0)), outputs(SPEC, 0))
+    with files_of_at_most(most), pytest.raises(UserError) as error:
+        log.write(1, logged(arrays, log.rows(1)), outputs(SPEC, 1))
+    said = str(error.value)
+    assert f"{file}: the log cannot be written there (" in said and "make room" in said and "\n" not in said
+    assert not list(tmp_path.glob("*.partial"))  # what was written of it gives its room back
+    log = ActivationLog(tmp_path, SPEC, MODEL, log.windows)
+    assert log.missing() == [1, 2]
+    for shard in log.missing():
+        log.write(shard, logged(arrays, log.rows(shard)), outputs(SPEC, shard))
+    np.testing.assert_array_equal(log.read(range(10)).residual, arrays[0].astype(np.float16))
+
+
+def test_a_plan_that_the_disk_does_not_take_is_one_line_too(tmp_path):
+    plan = windows(10, 80)
+    with files_of_at_most(1000), pytest.raises(UserError, match=r"windows.npz: the log cannot be written there"):
+        ActivationLog(tmp_path / "log", SPEC, MODEL, plan)
+    assert ActivationLog(tmp_path / "log", SPEC, MODEL, plan).missing() == [0, 1, 2]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/log: the log cannot be written there \(Not a directory\)"):
+        ActivationLog(tmp_path / "file" / "log", SPEC, MODEL, plan)
+
+
+def test_its_size_is_known_before_and_must_fit_on_the_disk(tmp_path, monkeypatch):
+    plan, arrays = windows(6, 200), activations(SPEC, parts(), 6, 200)
+    log = ActivationLog(tmp_path / "train", SPEC, MODEL, plan)
+    expected = log.missing_bytes()
+    usage = lambda free: lambda path: types.SimpleNamespace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", usage(expected))
+    assert f"train {expected / 1e9:.3g} GB" in activation_log.room([log])
+    monkeypatch.setattr(shutil, "disk_usage", usage(expected - 1))
+    with pytest.raises(UserError, match=r"would take .* GB are free on the disk of .*lower --config.max_tokens, or"):
+        activation_log.room([log])
+    with pytest.raises(UserError, match="would take"):  # together
+        activation_log.room([ActivationLog(tmp_path / "test", SPEC, MODEL, windows(1, 8)), log])
+    log.write(0, logged(arrays, log.rows(0)), outputs(SPEC, 0))
+    assert log.missing_bytes() < expected / 2
+    log.write(1, logged(arrays, log.rows(1)), outputs(SPEC, 1))
+    written = sum(file.stat().st_size for file in tmp_path.glob("train/shard_*/*"))
+    assert written == pytest.approx(expected, rel=0.05) and log.missing_bytes() == 0
+    activation_log.room([log])  # what is there takes no room
 
 
 def test_a_truncated_shard_is_named(tmp_path):

@@ -1,12 +1,15 @@
 """Fitting: it learns what the routers alone do not say, is repeatable, and resumes to the same bits."""
 
 import dataclasses
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.predictor import get_config
 from moe_jax.errors import UserError
 from moe_jax.prediction import closed_form, fit, metrics, predictors
 from moe_jax.prediction.learned import Inputs, score_windows, window_inputs, window_targets
@@ -108,6 +111,51 @@ def test_another_configuration_is_refused(logs, tmp_path):
     train(logs, tmp_path, dataclasses.replace(CONFIG, steps=0))
     with pytest.raises(UserError, match="of other settings, model or text"):
         train(logs, tmp_path)
+
+
+def test_another_dtype_is_another_run_and_a_wrong_one_is_refused(logs, tmp_path):
+    train(logs, tmp_path, dataclasses.replace(CONFIG, steps=0))
+    with pytest.raises(UserError, match="of other settings, model or text"):
+        train(logs, tmp_path, dataclasses.replace(CONFIG, steps=0, dtype="bfloat16"))
+    with pytest.raises(UserError, match="config.fit.dtype='half' is not one of float32, bfloat16"):
+        dataclasses.replace(CONFIG, dtype="half")
+
+
+def test_gradient_steps_in_bfloat16_learn_as_much_and_keep_float32_weights(logs, tmp_path):
+    """From tables that say nothing, so that gradient steps alone find what is found."""
+    long = dataclasses.replace(CONFIG, steps=150, learning_rate=3e-2, direct_rate=1.0, evaluate_every=50)
+
+    def solved():
+        network, _ = fit._initial(long, SPEC, parts(), logs[0])
+        D, L = SPEC.d_model, SPEC.num_layers
+        return network, {"white": np.stack([np.eye(D, dtype=np.float32)] * L), "mean": np.zeros((L, D), np.float32)}
+
+    configs = {"untrained": dataclasses.replace(long, steps=0), "float32": long}
+    configs["bfloat16"] = dataclasses.replace(long, dtype="bfloat16")
+    fits = {name: train(logs, tmp_path / name, config, solved=solved) for name, config in configs.items()}
+    recall = {name: best["recall"] for name, (_, best) in fits.items()}
+    assert recall["float32"] > recall["untrained"] + 0.1
+    assert recall["bfloat16"] == pytest.approx(recall["float32"], abs=0.02)
+    assert {str(x.dtype) for x in jax.tree.leaves(fits["bfloat16"][0])} == {"float32", "int32"}
+    assert not same(fits["bfloat16"][0], fits["float32"][0])
+
+
+@pytest.mark.parametrize(("dtype", "short"), [("float32", "f32"), ("bfloat16", "bf16")])
+def test_what_a_step_multiplies_is_of_its_dtype_and_its_state_is_float32(logs, dtype, short):
+    state = fit._start(CONFIG, SPEC, *fit._initial(CONFIG, SPEC, parts(), logs[0]))
+    step = lambda state, a: fit._update(CONFIG.schedule(), CONFIG.loss, dtype, SPEC, state, a)
+    a = logs[0].read(range(4))
+    # Results of matrix products with an axis of the 16 tokens: all but those that fold the whitening into tables.
+    products = re.findall(r"(\w+)\[[\d,]*\b16\b[\d,]*\] = dot_general", str(jax.make_jaxpr(step)(state, a)))
+    assert len(products) > 10 and set(products) == {short}
+    kept = jax.eval_shape(step, state, a)[0]
+    assert {str(x.dtype) for x in jax.tree.leaves((kept["network"], kept["optimizer"]))} == {"float32", "int32"}
+
+
+def test_the_patience_of_the_defaults_can_end_a_run():
+    fits: Any = get_config().fit
+    assert fits.patience * fits.evaluate_every < fits.steps
+    fit.FitConfig(**fits.to_dict(), seed=0)
 
 
 def test_whitening_does_not_change_the_network():

@@ -46,6 +46,19 @@ def test_the_plan_depends_on_the_seed_alone(tmp_path):
     assert make(0) == make(0) != make(1)
 
 
+def test_a_budget_in_the_order_of_the_files_changes_nothing_where_it_is_large_enough(tmp_path):
+    for i in range(20):
+        write(tmp_path / "a", f"{i:02d}.py", 40, f"text{i}")
+    single = write(tmp_path, "b.txt", 600, "more")  # two documents
+    whole = texts.plan(encode, [tmp_path / "a", single], 64)
+    bounded = lambda most: texts.plan(encode, [tmp_path / "a", single], 64, most, 3, in_order=True)
+    assert bounded(2 * whole.lengths.sum()).digest() == whole.digest()
+    assert bounded(2 * whole.lengths.sum()).names == whole.names
+    few = bounded(12000)
+    assert 11000 < few.lengths.sum() <= 12000
+    assert few.names == sorted(few.names) and few.names[:3] != whole.names[:3]  # from all over the folder
+
+
 def test_documents_that_share_lines_with_a_test_text_are_left_out(tmp_path):
     write(tmp_path / "train", "seen.py", 40, "seen")
     write(tmp_path / "train", "other.py", 40, "other")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import moe_jax
 from tests.tiny import write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -56,8 +57,10 @@ def command(place: Path, output: str, *more: str) -> list[str]:
     return [*script, *flags, *texts, *more]
 
 
-def run(*args, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=500)
+def run(*args, disk: str = "unlimited") -> subprocess.CompletedProcess:
+    """`disk` is what it takes of a file, in KiB."""
+    shell = ["bash", "-c", f'ulimit -S -f {disk}; exec "$@"', "bash"]
+    return subprocess.run([*shell, *command(*args)], cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
 def weights(directory: Path) -> dict[str, bytes]:
@@ -90,6 +93,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     assert [x["step"] for x in curve if "loss" in x] == list(range(1, STEPS + 1))
     assert [x["step"] for x in curve if "validation_recall" in x] == list(range(0, STEPS + 1, 10))
     assert 3000 < scores["train_tokens"] <= 5000
+    assert "log: " in whole.stderr and " GB free in " in whole.stderr
     again = run(place, "scored", f"--score={place}/whole/predictor", f"--output_json={place}/again.json")
     assert again.returncode == 0, again.stderr
     assert json.loads((place / "again.json").read_text())["scores"] == scores["scores"]
@@ -110,6 +114,46 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     resumed = run(place, "killed")
     assert resumed.returncode == 0, resumed.stderr
     assert weights(place / "killed") == weights(place / "whole")
+
+
+def test_in_bfloat16_from_a_full_disk_to_a_predictor_that_the_engine_takes(place):
+    """The log, which a disk first does not take, and the fit; and then the model, in the same dtype."""
+    bfloat16 = ["--config.dtype=bfloat16", "--config.fit.dtype=bfloat16"]
+    full = run(place, "half", *bfloat16, disk="500")
+    assert full.returncode == 2 and "Traceback" not in full.stderr
+    said = full.stderr.splitlines()[-1]
+    assert "train/shard_00000.partial/residual.npy: the log cannot be written there (File too large)" in said
+    done = run(place, "half", *bfloat16)
+    assert done.returncode == 0, done.stderr
+    other = run(place, "half", "--config.fit.dtype=bfloat16")
+    assert other.returncode == 2 and "of a model in another dtype" in other.stderr.splitlines()[-1]
+    other = run(place, "half", "--config.dtype=bfloat16")
+    assert other.returncode == 2 and "holds a fit of other settings" in other.stderr.splitlines()[-1]
+    trained = {"predictor": "learned", "checkpoint": str(place / "half" / "predictor"), "horizon": 3}
+    model = moe_jax.load(checkpoint=str(place / "model"), dtype="bfloat16", prefetch=trained)
+    generation = model.start(["def fit("], 8)
+    assert all(piece is not None for _, piece in generation)
+    assert model.metrics(generation)["recall"] is not None
+    model.close()
+
+
+DRIVER = """
+import runpy, sys
+from moe_jax import config
+config.PREDICTORS["mine"] = "moe_jax.prediction.memory:Repeat"
+runpy.run_path("train_predictor.py", run_name="__main__")
+"""
+
+
+def test_texts_to_score_on_are_bounded_and_a_registered_predictor_is_in_the_tables(place):
+    """`mine` is another name of `repeat`, on at most 100 tokens."""
+    more = ["--config.max_scored_tokens=100", f"--output_json={place}/bounded.json"]
+    script, *flags = command(place, "bounded", f"--score={place}/whole/predictor", *more)[1:]
+    done = subprocess.run([sys.executable, "-c", DRIVER, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((place / "bounded.json").read_text())
+    assert 60 < found["test_tokens"] <= 100
+    assert list(found["scores"])[-1] == "mine" and found["scores"]["mine"] == found["scores"]["repeat"]
 
 
 def test_losses_are_compared_from_one_closed_form(place):
@@ -142,6 +186,14 @@ def test_losses_are_compared_from_one_closed_form(place):
         (["--score=nowhere"], "nowhere holds no trained predictor"),
         (["--ablate=kl", "--score=shipped"], "give one of them"),
         (["--config.max_tokens=0"], "config.max_tokens must be at least 1"),
+        (["--config.max_scored_tokens=0"], "config.max_scored_tokens must be at least 1"),
+        (["--config.seed=-1"], "config.seed must be from 0 to 4294967295, not -1"),
+        (["--config.dtype=float16"], "config.dtype='float16' is not one of float32, bfloat16"),
+        (["--config.fit.dtype=half"], "config.fit.dtype='half' is not one of float32, bfloat16"),
+        ([f"--output_json={ROOT}"], f"--output_json={ROOT} is a folder; name a file"),
+        (["--output_json=/nowhere/a.json"], "--output_json=/nowhere/a.json: its folder does not exist"),
+        (["--output_json=/proc/a.json"], "--output_json=/proc/a.json: no file can be made in /proc"),
+        (["--config.output=/proc/sys"], "config.output=/proc/sys: no file can be made in /proc/sys"),
     ],
 )
 def test_mistakes_are_one_line(place, flags, message):

@@ -36,6 +36,11 @@ def test_it_remembers_what_it_was_told(fading):
     np.testing.assert_allclose(fading.prime(SPEC, arrays[2].swapaxes(0, 1)), state, rtol=1e-5)
 
 
+def test_it_is_in_the_tables_of_recall(fading):
+    assert list(predictors.compared())[-2:] == ["random", fading.name]
+    assert not {"none", "oracle"} & set(predictors.compared())
+
+
 def test_it_runs_in_the_engine_and_changes_no_text(fading, tmp_path):
     checkpoint = str(write_tiny(tmp_path, dataclasses.replace(TINY, eos_ids=())))
     texts, recalls = [], []

@@ -12,16 +12,14 @@ has not seen. Killed at any moment, the same command goes on where it stopped an
 import dataclasses
 import functools
 import json
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, outputs
 from moe_jax.errors import UserError
 
 CONFIG = cli.config_flag("configs/predictor.py", "Model, text budget and fit.")
@@ -51,26 +49,9 @@ OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write scores and timings
 CHOSEN_ON = 96  # windows of the validation texts that the best predictor of every layer is chosen on
 
 
-def writable(flag: str, folder: Path) -> None:
-    """Raises UserError where no file can be made in a folder."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag}: no file can be made in {folder} ({error.strerror}); choose another place") from None
-
-
 def main() -> None:
     if OUTPUT_JSON.value:
-        flag, file = f"--output_json={OUTPUT_JSON.value}", Path(OUTPUT_JSON.value).absolute()
-        if not file.parent.is_dir():
-            raise UserError(f"{flag}: its folder does not exist")
-        if file.is_dir():
-            raise UserError(f"{flag} is a folder; name a file, for instance {file / 'scores.json'}")
-        if not file.exists():
-            writable(flag, file.parent)
-        elif not os.access(file, os.W_OK):
-            raise UserError(f"{flag} cannot be written to; name another file")
+        outputs.check("output_json", OUTPUT_JSON.value)
     if bool(SCORE.value) + bool(CALIBRATE.value) + bool(ABLATE.value) > 1:
         raise UserError("--score, --calibrate and --ablate are different things to do; give one of them")
     started = time.time()
@@ -96,7 +77,7 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"config.output={output}: no folder can be made there ({error.strerror})") from None
-    writable(f"config.output={output}", output)
+    outputs.check_folder(f"config.output={output}", output)
     offload = {"tier": c["tier"], "device_budget": c["device_budget"]}
     chunk = activations.BATCH * c["window"]  # a batch of windows is one prefill chunk
     values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk, "dtype": c["dtype"]}
@@ -188,7 +169,7 @@ def main() -> None:
         directory = shipped("predictor") if named == "shipped" else Path(named)
         weights = saved.load(directory, spec, identity)
         if CALIBRATE.value:
-            writable(f"--calibrate={named}", directory)
+            outputs.check_folder(f"--calibrate={named}", directory)
             [validation] = logged(validation=scored(chosen_on))
             calibrate(directory, validation, weights)
             print(f"stored in {directory / calibration.FILE}")

@@ -22,6 +22,6 @@ def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"^--report=.*{message}"):
             outputs.check("report", tmp_path / name)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    for name in ("file", "new"):
-        with pytest.raises(UserError, match="cannot be written"):
-            outputs.check("report", tmp_path / name)
+    for file in (tmp_path / "file", "/proc/new"):
+        with pytest.raises(UserError, match=f"^--report={file} cannot be written"):
+            outputs.check("report", file)

@@ -220,7 +220,7 @@ def _update(
     inputs, wanted = window_inputs(spec.norm_eps, a, state["row"]), losses.wanted(spec, a)
 
     def objective(network):
-        logits, margins = score_windows(unwhiten(network, state["basis"]), inputs, spec.top_k)
+        logits, margins = score_windows(unwhiten(network, state["basis"]), inputs, spec.top_k, dtype)
         value = losses.total(loss, wanted, logits, margins)
         return (value * wanted.known).sum() / jnp.maximum(wanted.known.sum(), 1)
 

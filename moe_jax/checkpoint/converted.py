@@ -1,4 +1,4 @@
-"""A directory that `convert.py` wrote: read by mapping, every block checked against its checksum when it is read.
+"""A directory that `convert.py` wrote: every block is checked against its checksum when it is read.
 
     DIR/manifest.json                    written last: without it, a directory is no finished conversion
     DIR/config.json, tokenizer.json ...  as in the source
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import zlib
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from moe_jax.checkpoint.hf import HFCheckpoint, read_json, with_generation_confi
 from moe_jax.checkpoint.names import expert_weights
 from moe_jax.checkpoint.safetensors_file import Tensor, read_header
 from moe_jax.errors import UserError
+from moe_jax.memory import empty
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import ExpertWeights
 from moe_jax.model.quantized import MATRICES
@@ -73,7 +75,8 @@ def matrix_kind(weights: ExpertWeights) -> str:
 class Converted:
     """A converted checkpoint, with the interface of `HFCheckpoint`.
 
-    Arrays are read-only views of the mapped files: reading copies nothing, and JAX on a CPU can adopt them as they are.
+    Dense arrays are read-only views of the mapped files; an expert is read into memory of its own. JAX on a CPU can
+    adopt both as they are.
 
     Attributes:
       directory: where it lies.
@@ -152,7 +155,12 @@ class Converted:
           UserError: the block is not what was written.
         """
         name = expert_block(self.architecture, layer, expert)
-        return self._expert(name, self._read(name))
+        block = self._blocks[name]
+        memory = empty((block.nbytes,), np.dtype(np.uint8))
+        with block.file.open("rb", buffering=0) as file:
+            file.seek(block.start)
+            _fill(memory.data, file)
+        return self._expert(name, self._checked(name, memory))
 
     def expert_views(self, layer: int, expert: int, memory: np.ndarray) -> ExpertWeights:
         """The arrays of an expert whose block has been read into `memory`, uint8; views, not checked."""
@@ -168,7 +176,10 @@ class Converted:
         block = self._blocks[name]
         mapped, skip = self._maps[block.file.name], block.start % mmap.PAGESIZE
         mapped.madvise(mmap.MADV_WILLNEED, block.start - skip, block.nbytes + skip)  # one large read, not page by page
-        data = np.frombuffer(mapped, np.uint8, block.nbytes, block.start)
+        return self._checked(name, np.frombuffer(mapped, np.uint8, block.nbytes, block.start))
+
+    def _checked(self, name: str, data: np.ndarray) -> dict[str, np.ndarray]:
+        block = self._blocks[name]
         if zlib.crc32(data.data) != self._checksums[name]:
             raise UserError(f"{block.file} is damaged: {name} does not have the checksum of its conversion; {REDO}")
         return _views(block, data)
@@ -211,6 +222,12 @@ def _views(block: Block, data: np.ndarray) -> dict[str, np.ndarray]:
         part: data[t.start - block.start :][: t.nbytes].view(DTYPES[t.dtype]).reshape(t.shape)
         for part, t in block.tensors.items()
     }
+
+
+def _fill(view: memoryview, file: FileIO) -> None:
+    """Reads until `view` is full or the file ends, which its checksum will tell."""
+    while view and (count := file.readinto(view)):
+        view = view[count:]
 
 
 def _map(file: Path) -> mmap.mmap:

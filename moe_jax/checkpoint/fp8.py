@@ -14,8 +14,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moe_jax.checkpoint.safetensors_file import FLOATS, Tensor, empty, read_into
+from moe_jax.checkpoint.safetensors_file import FLOATS, Tensor, read_into
 from moe_jax.errors import UserError
+from moe_jax.memory import empty
 
 FP8 = "F8_E4M3"
 _SCALES = "_scale_inv"

@@ -15,8 +15,9 @@ import numpy as np
 from moe_jax.checkpoint import fp8
 from moe_jax.checkpoint.families import family
 from moe_jax.checkpoint.names import Names, Rows, expert_weights
-from moe_jax.checkpoint.safetensors_file import DTYPES, FLOATS, Tensor, empty, read_header, read_into
+from moe_jax.checkpoint.safetensors_file import DTYPES, FLOATS, Tensor, read_header, read_into
 from moe_jax.errors import UserError
+from moe_jax.memory import empty
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import ExpertWeights
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from moe_jax.checkpoint.safetensors_file import empty
+from moe_jax.memory import empty
 from moe_jax.model.experts import ExpertWeights
 from moe_jax.model.quantized import GROUP, MATRICES, Int4, Int8
 

@@ -88,14 +88,6 @@ def read_into(tensor: Tensor, out: np.ndarray) -> None:
             view = view[count:]
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised array at a multiple of 64 bytes, which JAX on a CPU can adopt without a copy."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
-    skip = -raw.ctypes.data % 64
-    return raw[skip : skip + nbytes].view(dtype).reshape(shape)
-
-
 class _DuplicateError(Exception):
     pass
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from moe_jax.checkpoint.converted import Converted
+from moe_jax.memory import pages
 from moe_jax.model.experts import Key
-from moe_jax.offload.buffers import read_memory
 
 DEPTHS = (1, 2, 4, 8)
 
@@ -74,7 +74,7 @@ class DiskReader:
         """Reads one expert."""
         block = self._blocks[key]
         if getattr(self._local, "buffer", None) is None or len(self._local.buffer) < block.nbytes:
-            self._local.buffer = read_memory(block.nbytes)
+            self._local.buffer = pages(block.nbytes)
         handle, direct = self._files[block.file]
         view, at = memoryview(self._local.buffer)[: block.nbytes], block.start
         while view:

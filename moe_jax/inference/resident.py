@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
+from moe_jax.memory import empty
 from moe_jax.model.decoder import committed
 from moe_jax.model.experts import ExpertWeights, widened
 
@@ -21,7 +22,7 @@ class ResidentExperts:
         """`widen`: a dtype that experts take when they are loaded; None: they keep the checkpoint's."""
         a = checkpoint.architecture
         load = lambda *key: committed(
-            checkpoint.expert(*key) if widen is None else widened(checkpoint.expert(*key), widen)
+            checkpoint.expert(*key) if widen is None else jax.tree.map(_copy, widened(checkpoint.expert(*key), widen))
         )
         self._experts = [[load(layer, e) for e in range(a.num_experts)] for layer in range(a.num_moe_layers)]
 
@@ -46,3 +47,9 @@ class ResidentExperts:
 
     def close(self) -> None:
         pass
+
+
+def _copy(x: np.ndarray) -> np.ndarray:
+    result = empty(x.shape, x.dtype)
+    result[...] = x
+    return result

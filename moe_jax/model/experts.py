@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from moe_jax.errors import UserError
 from moe_jax.model.architecture import Activation
 from moe_jax.model.primitives import gated
 from moe_jax.model.quantized import Matrix, project
@@ -67,7 +68,13 @@ class ExpertSource(Protocol):
 
 
 def widened(w: ExpertWeights, dtype: Any) -> ExpertWeights:
-    """An unquantised expert in `dtype`, exactly where that is the wider one."""
+    """An expert in `dtype`, exactly where that is the wider one.
+
+    Raises:
+      UserError: it is quantised; those are widened at each use.
+    """
+    if isinstance(w.gate_up, tuple):
+        raise UserError("--config.offload.upcast=arrival is for unquantised experts; leave it at stage")
     return ExpertWeights(*(None if part is None else part.astype(dtype) for part in w))
 
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from moe_jax.memory import pages
 from moe_jax.model.primitives import linear
-from moe_jax.offload.buffers import read_memory
 from moe_jax.offload.settings import BLOCK, Mode, Settings
 
 KIB, MIB = 2**10, 2**20
@@ -227,7 +227,7 @@ def _read_randomly(handle: int, size: int, nbytes: int, threads: int, seconds: f
     end = time.perf_counter() + seconds
 
     def reader(thread: int) -> int:
-        rng, memory, done = np.random.default_rng((seed, thread)), read_memory(nbytes), 0
+        rng, memory, done = np.random.default_rng((seed, thread)), pages(nbytes), 0
         while not done or time.perf_counter() < end:
             offset = int(rng.integers((size - nbytes) // BLOCK + 1)) * BLOCK
             if not direct:

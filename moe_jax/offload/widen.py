@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from moe_jax.errors import UserError
 from moe_jax.model.experts import ExpertWeights, Key, widened
 from moe_jax.offload.bank import Transfer
 
@@ -47,13 +46,7 @@ class _Widening:
 
 
 def widened_bytes(spec: ExpertWeights, dtype: Any) -> int:
-    """Bytes of an expert once it is widened.
-
-    Raises:
-      UserError: it is quantised; those are widened at each use.
-    """
-    if not isinstance(spec.gate_up, jax.Array | jax.ShapeDtypeStruct):
-        raise UserError("--config.offload.upcast=arrival is for unquantised experts; leave it at stage")
+    """Bytes of an expert once it is widened; raises as `widened`."""
     wide = jax.eval_shape(lambda weights: widened(weights, dtype), spec)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(wide))
 

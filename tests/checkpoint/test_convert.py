@@ -108,13 +108,14 @@ def test_sizes(source, tmp_path):
     assert size["int4"] == 2 * f * (16 + 2) + d * (16 + 2)
 
 
-def test_arrays_are_aligned_views_of_the_files(finished):
+def test_arrays_are_aligned(finished):
+    """So that JAX on a CPU copies none."""
     converted = Converted(finished)
     location = converted.expert_location(1, 2)
     assert location.start % 4096 == location.nbytes % 4096 == 0
     for array in [*jax.tree.leaves(converted.expert(1, 2)), *jax.tree.leaves(converted.dense())]:
         assert array.ctypes.data % 64 == 0
-        assert not array.flags.owndata and not array.flags.writeable
+    assert not any(array.flags.writeable for array in jax.tree.leaves(converted.dense()))  # mapped
     expert = converted.expert(1, 2)
     raw = location.file.read_bytes()[location.start : location.start + location.nbytes]
     assert raw.startswith(expert.gate_up.tobytes())

@@ -1,6 +1,7 @@
 """Converts a Hugging Face checkpoint once, so that experts can be mapped, read aligned, and take less room.
 
     python convert.py --checkpoint=HF_DIR --output=DIR                          the same weights, to the bit
+    python convert.py --checkpoint=HF_DIR --output=DIR --quantization=packed    12 bits for bfloat16, without loss
     python convert.py --checkpoint=HF_DIR --output=DIR --quantization=int4      experts in 4.5 bits a weight
     python convert.py --checkpoint=HF_DIR --output=DIR --quantization=int8 --compare=TEXT_FILE
 
@@ -18,7 +19,9 @@ from moe_jax.errors import UserError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Hugging Face directory (or a converted one).")
 OUTPUT = flags.DEFINE_string("output", None, "Directory to write; new, or that of an interrupted conversion.")
-QUANTIZATION = flags.DEFINE_string("quantization", "none", "Of the experts: none, bf16, int8 or int4.")
+QUANTIZATION = flags.DEFINE_string(
+    "quantization", "none", "Of the experts: none, bf16, packed (bfloat16 in 12 bits, without loss), int8 or int4."
+)
 COMPARE = flags.DEFINE_multi_string("compare", [], "Text on which to compare predictions with the source; repeatable.")
 
 

@@ -27,7 +27,7 @@ from moe_jax.checkpoint.safetensors_file import Tensor
 BLOCK_ALIGN, TENSOR_ALIGN = 4096, 64
 PAD = "_pad."
 PARTIAL = ".partial"
-DTYPES = {**safetensors_file.DTYPES, "I8": np.dtype(np.int8)}
+DTYPES = {**safetensors_file.DTYPES, "I8": np.dtype(np.int8), "I32": np.dtype(np.int32)}
 """Dtypes of a bank, by their safetensors names."""
 
 Specs = Mapping[str, jax.ShapeDtypeStruct]

@@ -79,7 +79,7 @@ def convert(
     """Writes `source` into the directory `output`, or finishes what an earlier call began there.
 
     Args:
-      quantization: of the experts' matrices: "none", "bf16", "int8" or "int4".
+      quantization: of the experts' matrices: one of `quantize.FORMATS`.
 
     Raises:
       UserError: `output` is in the way of the source or holds something else, the disk is full, a weight cannot be

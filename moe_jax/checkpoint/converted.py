@@ -81,8 +81,8 @@ class Converted:
     Attributes:
       directory: where it lies.
       architecture: read from config.json, end tokens from generation_config.json where it names them.
-      quantization: "none", "bf16", "int8" or "int4".
-      dtype: dtype of the experts' matrices as stored: "bfloat16", ..., "int8", or "uint8" (two int4 each).
+      quantization: of `quantize.FORMATS`.
+      dtype: dtype of the experts' matrices as stored: "bfloat16", ..., "int8", or "uint8" (two int4 each, or packed).
       dense_spec: shapes and dtypes of the dense arrays, by path.
       expert_spec: shapes and dtypes of one expert, `ExpertWeights` of `jax.ShapeDtypeStruct`.
       expert_bytes: bytes of one expert as stored, without padding.
@@ -120,7 +120,7 @@ class Converted:
             {name.removeprefix(names[0] + "."): _spec(tensor) for name, tensor in first.items()}, self._matrix
         )
         rows = {name: shape[0] for name, shape in a.expert_shapes().items()}
-        found = {field: {x.shape[0] for x in jax.tree.leaves(getattr(self.expert_spec, field))} for field in rows}
+        found = {field: {x.shape[0] for x in jax.tree.leaves(getattr(self.expert_spec, field))[:1]} for field in rows}
         embedding = self.dense_spec.get(("embedding",))
         if found != {field: {count} for field, count in rows.items()} or (
             embedding is None or embedding.shape != (a.vocab_size, a.d_model)

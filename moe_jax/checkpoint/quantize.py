@@ -4,6 +4,7 @@
 |--------|-------------------------------------------------------|-----------------|
 | none   | as in the checkpoint                                  | 16 or 32        |
 | bf16   | rounded to bfloat16                                   | 16              |
+| packed | bfloat16 ones without loss: see `model/packed.py`      | 12.1            |
 | int8   | one scale per output, symmetric                       | 8               |
 | int4   | one scale per output and 32 inputs, symmetric         | 4.5             |
 
@@ -20,11 +21,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from moe_jax.checkpoint.packing import pack, packed_spec, unpack
 from moe_jax.memory import empty
 from moe_jax.model.experts import ExpertWeights
+from moe_jax.model.packed import Packed
 from moe_jax.model.quantized import GROUP, MATRICES, Int4, Int8
 
-FORMATS = ("none", "bf16", "int8", "int4")
+FORMATS = ("none", "bf16", "packed", "int8", "int4")
 _CHUNK = 1 << 20  # weights that are quantised at once: temporaries stay small whatever the expert's size
 
 
@@ -37,7 +40,7 @@ def quantize(weights: ExpertWeights, form: str) -> ExpertWeights:
     """One expert, numpy in and out. Deterministic on one machine.
 
     Raises:
-      ValueError: a weight is NaN or infinite.
+      ValueError: a weight is NaN or infinite, or the matrix cannot be packed.
     """
     return _each_matrix(weights, lambda matrix: _quantize(matrix, form))
 
@@ -46,6 +49,8 @@ def dequantize(matrix: Any) -> np.ndarray:
     """The float32 matrix that a quantised one stands for; columns beyond the original ones are zeros' images."""
     if isinstance(matrix, Int8):
         return np.asarray(matrix.values, np.float32) * np.asarray(matrix.scale)[:, None]
+    if isinstance(matrix, Packed):
+        return unpack(matrix).astype(np.float32)
     if isinstance(matrix, Int4):
         packed = np.asarray(matrix.values).reshape(*matrix.scale.shape, 1, GROUP // 2)
         values = np.concatenate([packed & 15, packed >> 4], 2).astype(np.float32) - 8
@@ -62,6 +67,8 @@ def _spec(matrix: Any, form: str) -> Any:
     if form == "none":
         return matrix  # which may be quantised already
     (out, inputs), spec = matrix.shape, jax.ShapeDtypeStruct
+    if form == "packed":
+        return packed_spec(out, inputs)
     groups = -(-inputs // GROUP)
     values: Any = {
         "bf16": spec((out, inputs), ml_dtypes.bfloat16),
@@ -76,6 +83,11 @@ def _quantize(matrix: np.ndarray, form: str) -> Any:
         return matrix
     spec = _spec(jax.ShapeDtypeStruct(matrix.shape, matrix.dtype), form)
     result = jax.tree.map(lambda x: empty(x.shape, np.dtype(x.dtype)), spec)
+    if form == "packed":
+        if matrix.dtype != ml_dtypes.bfloat16:
+            raise ValueError(f"is {matrix.dtype}, and only bfloat16 can be packed: round it first (bf16)")
+        pack(matrix, result)
+        return result
     rows = max(1, _CHUNK // matrix.shape[1])
     with jax.default_device(jax.devices("cpu")[0]):
         for start in range(0, len(matrix), rows):

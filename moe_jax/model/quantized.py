@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.model import packed
+from moe_jax.model.packed import Packed
 from moe_jax.model.primitives import linear
 
 _BLOCK = 3 << 20  # weights
@@ -47,19 +49,21 @@ class Mxfp4(NamedTuple):
 
 Matrix = Any
 """A `jax.Array` (or numpy's), or one of the above; not their union, which whoever knows better would have to narrow."""
-MATRICES = {"int8": Int8, "int4": Int4, "mxfp4": Mxfp4}
+MATRICES = {"int8": Int8, "int4": Int4, "mxfp4": Mxfp4, "packed": Packed}
 """By the names that they have in files."""
 
 
 def project(x: jax.Array, weight: Matrix, bias: jax.Array | None = None) -> jax.Array:
     """`x [R, in]` times `weight [out, in]` transposed, plus `bias [out]`, computed in x's dtype: `[R, out]`."""
-    if not isinstance(weight, Int8 | Int4 | Mxfp4):
+    if not isinstance(weight, tuple(MATRICES.values())):
         return linear(x, weight if weight.dtype == jnp.bfloat16 else weight.astype(x.dtype), bias)
     y = jax.lax.platform_dependent(x, weight, cpu=_in_blocks, default=_project)
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-def _project(x: jax.Array, weight: Int8 | Int4 | Mxfp4) -> jax.Array:
+def _project(x: jax.Array, weight: Any) -> jax.Array:
+    if isinstance(weight, Packed):
+        return packed.product(x, weight)
     if isinstance(weight, Int8):
         return linear(x, weight.values) * weight.scale.astype(x.dtype)
     if isinstance(weight, Int4):
@@ -68,15 +72,15 @@ def _project(x: jax.Array, weight: Int8 | Int4 | Mxfp4) -> jax.Array:
     return linear(x[:, ::2], even) + linear(x[:, 1::2], odd)
 
 
-def _in_blocks(x: jax.Array, weight: Int8 | Int4 | Mxfp4) -> jax.Array:
+def _in_blocks(x: jax.Array, weight: Any) -> jax.Array:
     """Blocks of outputs one after the other: what a block is widened to stays in the processor's cache."""
     out, blocks = len(weight[0]), 1
     if not (isinstance(weight, Int8) and len(x) == 1):  # which makes no copy
-        while out // blocks * x.shape[1] > _BLOCK and out % (2 * blocks) == 0:
+        while out // blocks * x.shape[1] > _BLOCK and all(len(part) % (2 * blocks) == 0 for part in weight):
             blocks *= 2
     if blocks == 1:
         return _project(x, weight)
-    split = jax.tree.map(lambda part: part.reshape(blocks, out // blocks, *part.shape[1:]), weight)
+    split = jax.tree.map(lambda part: part.reshape(blocks, -1, *part.shape[1:]), weight)
     return jax.lax.map(lambda block: _project(x, block), split).swapaxes(0, 1).reshape(len(x), out)
 
 

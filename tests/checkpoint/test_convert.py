@@ -104,6 +104,7 @@ def test_sizes(source, tmp_path):
     f, d = a.experts.ff, a.d_model  # 24, filled up to 32, and 32
     size = {form: convert(original, tmp_path / form, form).expert_bytes for form in FORMATS}
     assert size["none"] == size["bf16"] == original.expert_bytes == 3 * f * d * 2
+    assert size["packed"] == 3 * f * d * 3 // 2 + 2 * f + d + (17 + 16) * 10  # listed or not
     assert size["int8"] == 3 * f * d + 4 * (2 * f + d)
     assert size["int4"] == 2 * f * (16 + 2) + d * (16 + 2)
 
@@ -414,7 +415,7 @@ def test_script(source, tmp_path):
         (["--checkpoint=SOURCE"], "--output=DIR is needed"),
         (["--checkpoint=/nowhere", "--output=OUT"], "/nowhere does not exist"),
         (["--checkpoint=SOURCE", "--output=SOURCE"], "is the checkpoint itself"),
-        (["--checkpoint=SOURCE", "--output=OUT", "--quantization=int5"], "not one of none, bf16, int8, int4"),
+        (["--checkpoint=SOURCE", "--output=OUT", "--quantization=int5"], "not one of none, bf16, packed, int8, int4"),
         (["--checkpoint=SOURCE", "--output=OUT", "--quantisation=int8"], "did you mean --quantization?"),
         (["--checkpoint=SOURCE", "--output=OUT", "--compare=/nowhere"], "no such file"),
     ],

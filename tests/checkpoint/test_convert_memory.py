@@ -86,7 +86,7 @@ def test_quantising_takes_no_more(tmp_path):
     """Experts of 88 MB."""
     try:
         write_big(tmp_path / "source", mixtral_of(0.5 * GB, 2048, 7168))
-        for form in ("bf16", "int8", "int4"):
+        for form in ("bf16", "packed", "int8", "int4"):
             converted_peak(tmp_path / "source", tmp_path / form, form)
     finally:
         shutil.rmtree(tmp_path)

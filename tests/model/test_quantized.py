@@ -1,12 +1,17 @@
 """Products with matrices in few bits, against the plain product with the matrix they stand for."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from moe_jax.checkpoint import packing
+from moe_jax.checkpoint.packing import pack, packed_spec
 from moe_jax.model import quantized
+from moe_jax.model.packed import Packed
 from moe_jax.model.quantized import GROUP, Int4, Int8, Mxfp4, project
 
 rng = np.random.default_rng(0)
@@ -37,7 +42,23 @@ def mxfp4(out: int, inputs: int) -> tuple[Mxfp4, np.ndarray]:
     return Mxfp4(jnp.asarray(packed), jnp.asarray(scales)), plain.reshape(out, -1)
 
 
-@pytest.mark.parametrize("make", [int8, int4])
+def packed(out: int, inputs: int) -> tuple[Packed, np.ndarray]:
+    """With zeros, and with weights of two outputs and both halves of the inputs in the list."""
+    plain = rng.normal(size=(out, inputs)).astype(ml_dtypes.bfloat16)
+    plain[0, ::3], plain[1, 0], plain[-1, -1] = 0, 2.0**30, -(2.0**25)
+    into = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), packed_spec(*plain.shape))
+    pack(plain, into)
+    assert np.count_nonzero(into.listed) >= 2
+    return jax.tree.map(jnp.asarray, into), plain.astype(np.float32)
+
+
+def close(got, x, plain, bias: Any = 0) -> None:
+    """Up to rounding of each output's own terms: some are far larger than others."""
+    terms = np.abs(x) @ np.abs(plain.T)
+    assert (np.abs(got - (x @ plain.T + bias)) <= 5e-6 * terms).all()
+
+
+@pytest.mark.parametrize("make", [int8, int4, packed])
 @pytest.mark.parametrize("inputs", [32, 64, 72, 7, 96])
 @pytest.mark.parametrize("rows", [1, 2, 8])
 @pytest.mark.parametrize("biased", [False, True])
@@ -45,9 +66,7 @@ def test_is_the_product_with_the_plain_matrix(make, inputs, rows, biased):
     weight, plain = make(10, inputs)
     x = rng.normal(size=(rows, inputs)).astype(np.float32)
     bias = rng.normal(size=10).astype(np.float32) if biased else None
-    want = x @ plain.T + (0 if bias is None else bias)
-    got = jax.jit(project)(x, weight, bias)
-    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+    close(jax.jit(project)(x, weight, bias), x, plain, 0 if bias is None else bias)
 
 
 @pytest.mark.parametrize("inputs", [32, 96])
@@ -55,11 +74,10 @@ def test_is_the_product_with_the_plain_matrix(make, inputs, rows, biased):
 def test_is_the_product_with_the_plain_matrix_in_mxfp4(inputs, rows):
     weight, plain = mxfp4(10, inputs)
     x, bias = rng.normal(size=(rows, inputs)).astype(np.float32), rng.normal(size=10).astype(np.float32)
-    want = x @ plain.T + bias
-    np.testing.assert_allclose(jax.jit(project)(x, weight, bias), want, atol=2e-5 * np.abs(want).max())
+    close(jax.jit(project)(x, weight, bias), x, plain, bias)
 
 
-@pytest.mark.parametrize("make", [int8, int4, mxfp4])
+@pytest.mark.parametrize("make", [int8, int4, mxfp4, packed])
 def test_computes_in_the_dtype_of_the_input(make):
     weight, plain = make(6, 64)
     x = jnp.asarray(rng.normal(size=(2, 64)), jnp.bfloat16)
@@ -69,16 +87,25 @@ def test_computes_in_the_dtype_of_the_input(make):
     np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.03 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("make", [int8, int4, mxfp4])
+@pytest.mark.parametrize("make", [int8, int4, mxfp4, packed])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_blocks_of_outputs_are_the_whole(make, rows, monkeypatch):
     monkeypatch.setattr(quantized, "_BLOCK", 3 * 64)
+    monkeypatch.setattr(packing, "_CHUNK", 3 * 64)
     weight, plain = make(12, 64)
     x = rng.normal(size=(rows, 64)).astype(np.float32)
     traced = jax.jit(lambda x, weight: project(x, weight))
-    want = x @ plain.T
-    np.testing.assert_allclose(traced(x, weight), want, atol=2e-5 * np.abs(want).max())
+    close(traced(x, weight), x, plain)
     assert ("while" in traced.lower(x, weight).as_text()) == (make is not int8 or rows > 1)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_lists_of_several_chunks(rows, monkeypatch):
+    monkeypatch.setattr(packing, "_CHUNK", 3 * 64)
+    weight, plain = packed(12, 64)
+    assert len(weight.places) == 4
+    x = rng.normal(size=(rows, 64)).astype(np.float32)
+    close(jax.jit(project)(x, weight), x, plain)
 
 
 def test_plain_arrays_are_cast():

@@ -26,7 +26,7 @@ from moe_jax.offload.source import OffloadedExperts
 from tests.tiny import TINY, write_tiny
 
 ROOT = Path(__file__).parents[2]
-FORMS = ("none", "int8", "int4")
+FORMS = ("none", "packed", "int8", "int4")
 IDS = [3 + x % 250 for x in range(0, 600, 7)]
 
 

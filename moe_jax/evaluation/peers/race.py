@@ -17,6 +17,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_jax.checkpoint.convert import convert
+from moe_jax.checkpoint.converted import open_checkpoint
 from moe_jax.cli import MALLOC
 from moe_jax.errors import UserError
 from moe_jax.evaluation.gguf_file import write_gguf
@@ -158,17 +160,21 @@ def contenders(
     work.mkdir(parents=True, exist_ok=True)
     shared = {"prompt_ids": prompt_ids, "new_tokens": new_tokens}
 
-    def ours(tier: str, budget: str, name: str) -> dict[str, Any]:
+    def ours(tier: str, budget: str, name: str, bank: Path = bank) -> dict[str, Any]:
         offload = {"tier": tier, "device_budget": budget, "policy": "lru" if name == "none" else "predicted"}
         prefetch = {"predictor": name, "checkpoint": predictor}
         config = {"checkpoint": str(bank), "offload": offload, "prefetch": prefetch}
         return {"engine": OURS, "config": config, "prompt": prompt, "bounds": tier == "disk", **shared}
 
     reference = Contender(OURS, "resident", ours("none", "100%", "none"), (bank,), capped=False)
+    banks = {"": bank}
+    if open_checkpoint(bank).dtype == "bfloat16":
+        banks[", packed"] = _apart(_packed, bank, work / "packed")
     racing = [
-        Contender(OURS, f"disk, budget {budget}, predictor {name}", ours("disk", budget, name), (bank,))
+        Contender(OURS, f"disk, budget {budget}, {name}{form}", ours("disk", budget, name, files), (files,))
         for budget in budgets
         for name in predictors
+        for form, files in banks.items()
     ]
     for dtype in ("bfloat16", "float32"):
         file = _apart(write_gguf, released, work / f"{dtype}.gguf", dtype)
@@ -184,6 +190,10 @@ def contenders(
         spec = {"engine": "transformers", "checkpoint": str(released), "dtype": dtype, **shared}
         racing.append(Contender("transformers", f"resident, {dtype}, no cap", spec, (released,), capped=False))
     return reference, racing
+
+
+def _packed(bank: Path, folder: Path) -> Path:
+    return convert(open_checkpoint(bank), folder, "packed").directory
 
 
 def _apart(write: Callable[..., Path], *args: Any) -> Path:

@@ -101,10 +101,10 @@ def test_blocks_of_outputs_are_the_whole(make, rows, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_lists_of_several_chunks(rows, monkeypatch):
-    monkeypatch.setattr(packing, "_CHUNK", 3 * 64)
-    weight, plain = packed(12, 64)
+    monkeypatch.setattr(packing, "_CHUNK", 3 * 66)
+    weight, plain = packed(12, 66)  # no shape of other tests: what JAX traced for those, in blocks, it would use again
     assert len(weight.places) == 4
-    x = rng.normal(size=(rows, 64)).astype(np.float32)
+    x = rng.normal(size=(rows, 66)).astype(np.float32)
     close(jax.jit(project)(x, weight), x, plain)
 
 

@@ -15,7 +15,6 @@ T is what LRU on demand loads, read by an independent reader; C is the same comp
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def main() -> None:
     if PEERS.value:
         document = {"command": " ".join(["python", *sys.argv]), **race(config)}
         if OUTPUT_JSON.value:
-            Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+            outputs.write_json(OUTPUT_JSON.value, document)
         return
     document = {
         "command": " ".join(["python", *sys.argv]),
@@ -78,7 +77,7 @@ def main() -> None:
         "runs": measure(config, batches, lengths),
     }
     if OUTPUT_JSON.value:
-        Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+        outputs.write_json(OUTPUT_JSON.value, document)
     if plot:
         for file in plot.draw([document], Path(PLOT.value or "")):
             print(f"wrote {file}")
@@ -140,7 +139,7 @@ def inflate(config, width: int):
     from moe_jax.inference.session import shipped
 
     source, folder = config.checkpoint or shipped("model"), INFLATE_FOLDER.value or cache_folder()
-    with cli.status(f"inflating {source} into {folder}"):
+    with cli.status(f"inflating {source} into {folder}"), outputs.room(folder):
         _, bank = inflated(source, width, folder)
     predictor = config.prefetch.checkpoint or ("" if config.checkpoint else str(shipped("predictor")))
     prefetch = dataclasses.replace(config.prefetch, checkpoint=predictor)
@@ -164,7 +163,7 @@ def race(config) -> dict:
     tokenizer = Tokenizer(bank)
     length = numbers(PROMPT_LENGTHS)[0] if PROMPT_LENGTHS.value else None
     prompt = tokenizer.decode(prompt_ids(tokenizer, PROMPT.value, 1, length, 1)[0][0])
-    with cli.status(f"preparing the formats of the peers in {folder}"):
+    with cli.status(f"preparing the formats of the peers in {folder}"), outputs.room(folder):
         entered = races.contenders(
             races.Entry(released, bank, folder, prompt, tokenizer.encode(prompt), MAX_NEW_TOKENS.value),
             BUDGETS.value or [config.offload.device_budget],

@@ -10,7 +10,6 @@ of greedy generations of one prompt at a time, which take turns. See `moe_jax/in
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -107,7 +106,7 @@ def main() -> None:
             "new_tokens": NEW_TOKENS.value,
             "ways": table,
         }
-        Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+        outputs.write_json(OUTPUT_JSON.value, document)
     if PLOT.value:
         pareto.plot(table, PLOT.value)
     model.close()

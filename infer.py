@@ -9,7 +9,6 @@ Any field of the configuration can be set as --config.FIELD=VALUE.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -65,14 +64,16 @@ def main() -> None:
     if OUTPUT_JSON.value:
         texts = [vars(output) for output in generation.outputs]
         document = {"config": dataclasses.asdict(model.config), "outputs": texts, "metrics": metrics}
-        Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+        outputs.write_json(OUTPUT_JSON.value, document)
     if TRACE.value:
-        model.engine.source.trace.save(TRACE.value)  # pyright: ignore[reportAttributeAccessIssue]
+        with outputs.writing(TRACE.value) as file:
+            model.engine.source.trace.save(file)  # pyright: ignore[reportAttributeAccessIssue]
     if REPORT.value:
         from moe_jax.analysis import report
 
         trace = model.engine.source.trace  # pyright: ignore[reportAttributeAccessIssue]
-        Path(REPORT.value).write_text(report.markdown(trace))
+        with outputs.writing(REPORT.value) as file:
+            file.write_text(report.markdown(trace))
     model.close()
     if isinstance(ended, LoadError):
         cli.fail(str(ended), code=1)

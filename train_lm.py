@@ -7,7 +7,7 @@ A killed run resumes when the same command is given again. `--export=DIR` writes
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, outputs
 
 CONFIG = cli.config_flag("configs/tiny_lm.py", "Training configuration.")
 EXPORT = flags.DEFINE_string("export", None, "Directory for the trained model in Hugging Face format (bf16).")
@@ -31,9 +31,11 @@ def main() -> None:
         from moe_jax.checkpoint import export
         from moe_jax.training import scores
 
-        export.save(EXPORT.value, config.architecture, params, config.data)
         manifest = json.loads((Path(config.data) / "manifest.json").read_text())
-        for name, score in scores.write_card(Path(EXPORT.value), Path(config.data), values, manifest).items():
+        with outputs.room(EXPORT.value, resumes=True):
+            export.save(EXPORT.value, config.architecture, params, config.data)
+            card = scores.write_card(Path(EXPORT.value), Path(config.data), values, manifest)
+        for name, score in card.items():
             print(name, {key: round(value, 3) for key, value in score.items()})
 
 

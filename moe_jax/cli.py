@@ -29,6 +29,7 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
         logging.set_verbosity(logging.WARNING)  # JAX and orbax say much at INFO
+        _hush_orbax()
         try:
             use_compilation_cache()
             main()
@@ -43,6 +44,13 @@ def run(main: Callable[[], None]) -> None:
             os._exit(130)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _hush_orbax() -> None:
+    """What it logs with a traceback it raises too; what it then leaves running finds its event loop closed."""
+    logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda what: None if str(what.exc_value) == "Event loop is closed" else show(what)
 
 
 def use_compilation_cache() -> None:

@@ -1,9 +1,14 @@
-"""Files that a run will write at its end, checked at its start: measurements are not lost to a mistyped path."""
+"""Files that a run writes: checked at its start where they come at its end, and a disk that fills said in one line."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
 import os
+import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from moe_jax.errors import UserError
@@ -37,3 +42,51 @@ def check_folder(what: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{what} cannot be written ({error.strerror}); choose another place") from None
+
+
+@contextlib.contextmanager
+def room(place: str | Path, resumes: bool = False) -> Iterator[None]:
+    """What is written to `place`, a file or folder, while this lasts may not fit on the disk.
+
+    Args:
+      resumes: the same command goes on where it stopped.
+
+    Raises:
+      UserError: the disk is full. Other errors stay what they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (number := _error_number(error)) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        how = ", which goes on where this one stopped" if resumes else ""
+        raise UserError(
+            f"{place} cannot be written ({os.strerror(number)}); free some space and give the same command again{how}"
+        ) from None
+
+
+@contextlib.contextmanager
+def writing(file: str | Path, resumes: bool = False) -> Iterator[Path]:
+    """As `room`, for a file that is written whole: where the disk is full, no half of it is left."""
+    file = Path(file)
+    try:
+        with room(file, resumes):
+            yield file
+    except UserError:
+        if file.is_file():  # not a device
+            file.unlink()
+        raise
+
+
+def write_json(file: str | Path, document: object, resumes: bool = False) -> None:
+    """Writes a document for programs, as `writing` does."""
+    with writing(file, resumes):
+        Path(file).write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _error_number(error: Exception) -> int | None:
+    """Of the operating system. Libraries that are not Python say it in their message: TensorStore, safetensors."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\bos_error_code='(\d+)'|\(os error (\d+)\)", str(error))
+    return int(found[1] or found[2]) if found else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_jax.analysis import budget_plot
 from moe_jax.errors import UserError
 from moe_jax.evaluation import modes
 from tests.tiny import TINY, write_tiny
@@ -82,6 +83,9 @@ def test_tables_json_and_plot(checkpoint, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     drawn = (tmp_path / "plot.svg").read_text()
     assert "SIMULATED LINK" in drawn and "perfect overlap" in drawn
+    (tmp_path / "full.svg").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"full.svg cannot be written \(No space left on device\); free some space"):
+        budget_plot.draw([document], tmp_path / "full")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,13 @@ def test_standard_input_and_sampling_seed(checkpoint):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_full_disk_is_one_line_after_the_text(checkpoint):
+    done = infer(f"--config.checkpoint={checkpoint}", "--prompt=abc", "--max_new_tokens=4", "--output_json=/dev/full")
+    [line] = [line for line in done.stderr.splitlines() if not line.endswith("...")]  # progress
+    assert done.returncode == 2 and "hit rate" in done.stdout
+    assert "error: /dev/full cannot be written (No space left on device); free some space and give the same" in line
+
+
 def broken(checkpoint: Path, target: Path, change) -> Path:
     """A copy of the checkpoint whose tensors went through `change`."""
     target.mkdir()

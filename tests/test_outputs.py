@@ -1,11 +1,16 @@
-"""Whether a file can be written is known before the run that would write it."""
+"""Whether a file can be written is known before the run that would write it; a disk that fills is one line."""
 
 import os
+from pathlib import Path
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import save_file
 
 from moe_jax import outputs
 from moe_jax.errors import UserError
+from tests.full_disk import files_of_at_most
 
 
 def test_nothing_is_said_and_nothing_made_where_a_file_can_be(tmp_path, monkeypatch):
@@ -25,3 +30,47 @@ def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     for file in (tmp_path / "file", "/proc/new"):
         with pytest.raises(UserError, match=f"^--report={file} cannot be written"):
             outputs.check("report", file)
+
+
+def test_a_disk_that_fills_is_one_line_and_keeps_no_half_of_a_file(tmp_path):
+    file, again = tmp_path / "out.json", "free some space and give the same command again"
+    with (
+        files_of_at_most(1000),
+        pytest.raises(UserError, match=rf"^{file} cannot be written \(File too large\); {again}$"),
+    ):
+        outputs.write_json(file, list(range(10_000)))
+    assert not file.exists()
+    with pytest.raises(
+        UserError, match=rf"full cannot be written \(No space left on device\); {again}, which goes on where"
+    ):
+        outputs.write_json("/dev/full", [], resumes=True)
+    assert Path("/dev/full").exists()
+    outputs.write_json(file, [1])
+    assert file.read_text() == "[\n 1\n]\n"
+
+
+# TensorStore's writes that go on find the event loop of orbax closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_libraries_that_write_say_it_in_their_own_words(tmp_path):
+    weights = {"a": np.random.default_rng(0).random(10_000)}
+
+    def orbax(folder):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder, weights)
+
+    for write in (lambda folder: save_file(weights, folder.with_suffix(".safetensors")), orbax):
+        with (
+            files_of_at_most(5000),
+            pytest.raises(UserError, match=f"^{tmp_path} cannot be written \\(File too large"),
+            outputs.room(tmp_path),
+        ):
+            write(tmp_path / "weights")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "no"), OSError("no number"), ValueError("os_error_code='2'")])
+def test_what_is_no_full_disk_keeps_its_traceback(tmp_path, error):
+    file = tmp_path / "kept"
+    with pytest.raises(type(error)) as raised, outputs.writing(file):
+        file.write_text("")
+        raise error
+    assert raised.value is error and file.exists()

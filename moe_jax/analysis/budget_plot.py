@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.errors import UserError
+from moe_jax.outputs import writing
 
 
 def require() -> None:
@@ -34,7 +35,7 @@ def draw(documents: Sequence[dict[str, Any]], output: Path) -> list[Path]:
       The files written, .png and .svg.
 
     Raises:
-      UserError: no matplotlib, or documents that do not belong together.
+      UserError: no matplotlib, documents that do not belong together, or a full disk.
     """
     require()
     import matplotlib
@@ -81,7 +82,8 @@ def draw(documents: Sequence[dict[str, Any]], output: Path) -> list[Path]:
     axes.grid(alpha=0.3)
     files = [output.with_name(output.name + ending) for ending in (".png", ".svg")]
     for file in files:
-        figure.savefig(file, dpi=150)
+        with writing(file):
+            figure.savefig(file, dpi=150)
     pyplot.close(figure)
     return files
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_jax.errors import UserError
+from moe_jax.outputs import writing
 
 SUFFIXES = ("png", "svg")
 LINEAR = 0.1
@@ -53,7 +54,8 @@ def plot(ways: Sequence[dict[str, Any]], path: str) -> None:
         axes[1].plot([], [], "_", color=f"C{i}", markersize=12, markeredgewidth=3, label=f"predictor {name}")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     for suffix in SUFFIXES:
-        figure.savefig(f"{path}.{suffix}", dpi=150)
+        with writing(f"{path}.{suffix}") as file:
+            figure.savefig(file, dpi=150)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

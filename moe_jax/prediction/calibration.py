@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.checkpoint.bank_file import write_durably
 from moe_jax.errors import UserError
+from moe_jax.outputs import room
 from moe_jax.prediction.activation_log import ActivationLog, Activations
 from moe_jax.prediction.interface import Features, Spec, multi_hot
 from moe_jax.prediction.lookahead import DefaultVector, Router, default_sharpness, look
@@ -84,10 +86,15 @@ def store(directory: str | Path, model: str, sharpness: Mapping[str, np.ndarray]
     Args:
       model: fingerprint.
       texts: what it was fitted on, for people.
+
+    Raises:
+      UserError: the disk is full; what was stored before stays.
     """
     values = {name: np.round(value.astype(float), 3).tolist() for name, value in sharpness.items()}
     document = {"model": model, "texts": list(texts), "sharpness": values}
-    (Path(directory) / FILE).write_text(json.dumps(document) + "\n")
+    file = Path(directory) / FILE
+    with room(file, resumes=True):
+        write_durably(file, json.dumps(document).encode() + b"\n")
 
 
 def stored(directory: str | Path, spec: Spec, model: str) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from absl import logging
 
 from moe_jax.config import choices
 from moe_jax.errors import UserError
+from moe_jax.outputs import room
 from moe_jax.prediction import losses
 from moe_jax.prediction.activation_log import ActivationLog, Activations
 from moe_jax.prediction.closed_form import calibrate, least_squares, padded, rows_of, unwhiten
@@ -132,7 +133,7 @@ def fit(
       Parameters of `Learned` with the best recall on the validation windows, and {"recall", "loss", "step"} of them.
 
     Raises:
-      UserError: the directory belongs to another run.
+      UserError: the directory belongs to another run, or its disk is full.
     """
     log, validation = ranked(log, spec, parts), ranked(validation, spec, parts)
     train, held_out = np.arange(len(log.windows.tokens)), np.arange(len(validation.windows.tokens))
@@ -140,7 +141,8 @@ def fit(
     directory = Path(directory).absolute()
     run: dict[str, Any] = {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec)}
     run |= {"train": log.identity(), "validation": validation.identity()}
-    _claim(directory, run)
+    with room(directory, resumes=True):
+        _claim(directory, run)
 
     def look(state, step):
         sums = np.zeros(3)
@@ -154,8 +156,12 @@ def fit(
             return state
         return state | {"best": _best(recall, loss, step, state["network"])}
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(directory / "checkpoints", options=options) as manager:
+    checkpoints = directory / "checkpoints"
+    # What a full disk or a kill left of a checkpoint is removed.
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    with room(checkpoints, resumes=True), ocp.CheckpointManager(checkpoints, options=options) as manager:
         if (latest := manager.latest_step()) is not None:
             state = manager.restore(latest, args=ocp.args.StandardRestore(state))
             logging.info("resumed the fit from step %d of %d", latest, c.steps)

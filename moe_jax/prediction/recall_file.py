@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_jax.checkpoint.bank_file import write_durably
 from moe_jax.errors import UserError
+from moe_jax.outputs import room
 
 FILE = "recall.json"  # in a predictor's folder
 FIX = "measure it with evaluate.py --measure_recall --config.prefetch.checkpoint"
@@ -26,6 +28,9 @@ def store(directory: str | Path, model: str, recall: dict[str, Recall], texts: S
       model: fingerprint of the model it was measured on.
       recall: by predictor.
       texts: names of the validation texts, for people.
+
+    Raises:
+      UserError: the disk is full; what was stored before stays.
     """
     file = Path(directory) / FILE
     try:
@@ -34,7 +39,8 @@ def store(directory: str | Path, model: str, recall: dict[str, Recall], texts: S
         found = None
     others = found["recall"] if found and found["model"] == model else {}
     document = {"model": model, "texts": list(texts), "recall": others | recall}
-    file.write_text(json.dumps(document, indent=1) + "\n")
+    with room(file):
+        write_durably(file, json.dumps(document, indent=1).encode() + b"\n")
 
 
 def stored(directory: str | Path, model: str, predictor: str) -> Recall | None:

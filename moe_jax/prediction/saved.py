@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moe_jax.checkpoint.bank_file import write_durably
 from moe_jax.errors import UserError
+from moe_jax.outputs import room
 from moe_jax.prediction import calibration, recall_file
 from moe_jax.prediction.interface import Spec
 
@@ -31,6 +33,9 @@ def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str,
       weights: `network` of `Learned`, `vectors` of `DefaultVector` and `best` of `BestPerLayer`.
       spec, model: what it was trained for; model is the fingerprint.
       notes: anything worth keeping, for people (JSON).
+
+    Raises:
+      UserError: the disk is full; then there is no predictor.
     """
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
@@ -39,10 +44,11 @@ def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str,
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "weights", ignore_errors=True)
     small = jax.tree.map(_half, weights | {"network": _pack(weights["network"])})
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / "weights", small)
     card = {"schema": SCHEMA, "model": model, "spec": dataclasses.asdict(spec), "notes": notes}
-    (directory / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    with room(directory, resumes=True):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory / "weights", small)
+        write_durably(directory / CARD, json.dumps(card, indent=1).encode() + b"\n")
 
 
 def load(directory: str | Path, spec: Spec, model: str) -> Any:

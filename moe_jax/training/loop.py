@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,6 +20,8 @@ from absl import logging
 from moe_jax.checkpoint.families import mixtral
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
+from moe_jax.outputs import room
+from moe_jax.prediction.scalars import JsonLines
 from moe_jax.training import corpus, lm
 
 
@@ -112,6 +115,9 @@ def train(c: TrainConfig) -> dict[str, Any]:
 
     Checkpoints lie under `c.output`/checkpoints. A killed run resumes from the newest complete one and ends with the
     same parameters as an uninterrupted run: data depend on the step alone.
+
+    Raises:
+      UserError: there are no data, or the disk is full.
     """
     a = c.architecture
     streams, domains = _load(Path(c.data))
@@ -131,9 +137,17 @@ def train(c: TrainConfig) -> dict[str, Any]:
         logits, _ = lm.forward(a, graph, params, rows[:, :-1], a.num_experts / a.top_k)  # nothing is dropped
         return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=c.checkpoint_every)
-    log = Path(c.output).absolute() / "log.jsonl"
-    with ocp.CheckpointManager(Path(c.output).absolute() / "checkpoints", options=options) as manager:
+    # What a full disk or a kill left of a checkpoint is removed.
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, save_interval_steps=c.checkpoint_every, cleanup_tmp_directories=True
+    )
+    output = Path(c.output).absolute()
+    checkpoints = output / "checkpoints"
+    with (
+        contextlib.closing(JsonLines(output / "log.jsonl")) as log,
+        room(checkpoints, resumes=True),
+        ocp.CheckpointManager(checkpoints, options=options) as manager,
+    ):
         start = manager.latest_step() or 0
         if start:
             state = manager.restore(start, args=ocp.args.StandardRestore(state))
@@ -164,9 +178,7 @@ def train(c: TrainConfig) -> dict[str, Any]:
                     for domain, stream in streams["validation"].items()
                 }
                 logging.info("step %d validation bits/byte: %s", done, {k: round(v, 3) for k, v in scores.items()})
-                log.parent.mkdir(parents=True, exist_ok=True)
-                with log.open("a") as file:
-                    file.write(json.dumps({"step": done, "nll": float(stats["nll"]), **scores}) + "\n")
+                log.write(done, {"nll": float(stats["nll"]), **scores})
             manager.save(done, args=ocp.args.StandardSave(state), force=done == c.steps)
         manager.wait_until_finished()
     return state["params"]

@@ -116,6 +116,10 @@ def test_weak_predictors_leave_the_others_apart_in_the_picture(tmp_path, monkeyp
     axis.autoscale_view()  # else the limits are those of no data until it is drawn
     heights = [axis.transAxes.inverted().transform(axis.transData.transform((10, y)))[1] for y in (0, 0.1, 1, 7900)]
     assert min(np.diff(heights)) > 0.05, heights
+    monkeypatch.undo()
+    (tmp_path / "full.svg").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"full.svg cannot be written \(No space left on device\); free some space"):
+        pareto.plot(ways, str(tmp_path / "full"))
 
 
 def test_the_pareto_front():

@@ -1,7 +1,5 @@
 """The log: what goes in comes out, shard by shard, and only for the model and text it was made for."""
 
-import contextlib
-import resource
 import shutil
 import types
 
@@ -11,6 +9,7 @@ import pytest
 from moe_jax.errors import UserError
 from moe_jax.prediction import activation_log
 from moe_jax.prediction.activation_log import ActivationLog, half
+from tests.full_disk import files_of_at_most
 from tests.prediction.synthetic import MODEL, SPEC, activations, logged, outputs, parts, windows, written_log
 
 
@@ -75,17 +74,6 @@ def test_a_log_from_before_dtypes_were_written_down_is_one_in_float32(tmp_path):
     assert ActivationLog(tmp_path, SPEC, MODEL, log.windows).missing() == []
     with pytest.raises(UserError, match="in another dtype"):
         ActivationLog(tmp_path, SPEC, MODEL, log.windows, "bfloat16")
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """A disk that takes so many bytes of a file and no more, as `ulimit -f` makes one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(

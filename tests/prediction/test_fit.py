@@ -1,5 +1,6 @@
 """Fitting: it learns what the routers alone do not say, is repeatable, and resumes to the same bits."""
 
+import contextlib
 import dataclasses
 import re
 from typing import Any
@@ -13,6 +14,7 @@ from configs.predictor import get_config
 from moe_jax.errors import UserError
 from moe_jax.prediction import closed_form, fit, metrics, predictors
 from moe_jax.prediction.learned import Inputs, score_windows, window_inputs, window_targets
+from tests.full_disk import files_of_at_most
 from tests.prediction.synthetic import SPEC, parts, written_log
 from tests.prediction.test_learned import noisy
 
@@ -92,6 +94,26 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(logs, whole, tmp_path, 
     resumed = train(logs, tmp_path, progress=lambda step, values: seen.append(step))
     assert seen[0] > (killed_at - 1) // CONFIG.checkpoint_every * CONFIG.checkpoint_every  # it did not start again
     assert same(resumed[0], whole[0]) and resumed[1] == whole[1]
+
+
+# TensorStore's writes that go on find the event loop of orbax closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("full_at", [0, 7])
+def test_a_disk_that_fills_ends_in_one_line_and_the_run_goes_on_to_the_same_bits(logs, whole, tmp_path, full_at):
+    with contextlib.ExitStack() as disk:
+
+        def progress(step, values):
+            if step == full_at:
+                disk.enter_context(files_of_at_most(5000))
+
+        with pytest.raises(
+            UserError, match=rf"^{tmp_path}/checkpoints cannot be written \(File too large\); free some"
+        ):
+            train(logs, tmp_path, progress=progress)
+    seen = []
+    resumed = train(logs, tmp_path, progress=lambda step, values: seen.append(step))
+    assert seen[0] == full_at and same(resumed[0], whole[0]) and resumed[1] == whole[1]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["12", "9"]
 
 
 def test_the_best_look_is_kept_and_patience_ends_a_hopeless_run(logs, tmp_path):

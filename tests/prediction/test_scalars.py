@@ -1,11 +1,14 @@
 """Curves: what is written can be read again."""
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
 
+from moe_jax.errors import UserError
 from moe_jax.prediction import scalars
+from tests.full_disk import files_of_at_most
 
 
 def write(directory):
@@ -43,3 +46,20 @@ def test_tensorboard_reads_the_events(tmp_path):
         seen += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
         data = data[16 + length :]
     assert seen == [(1, "loss", 0.5), (2, "loss", 0.25), (2, "validation_recall", 0.75)]
+
+
+@pytest.mark.parametrize("kind", ["JsonLines", "TensorBoard"])
+def test_a_disk_that_fills_ends_in_one_line_and_lines_stay_whole(tmp_path, kind):
+    place = {"JsonLines": tmp_path / "scalars.jsonl", "TensorBoard": tmp_path}[kind]
+    writer = getattr(scalars, kind)(place)
+    full = pytest.raises(UserError, match=rf"^{place}.* cannot be written \(File too large\).* goes on where this one")
+    with files_of_at_most(100), full, contextlib.closing(writer):
+        for step in range(1000):
+            writer.write(step, {"loss": 0.5})
+    file = next(tmp_path.iterdir())
+    assert file.stat().st_size == 100  # not the end of a line
+    if kind == "JsonLines":
+        with contextlib.closing(scalars.JsonLines(place)) as resumed:
+            resumed.write(3, {"loss": 0.25})
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert lines == [*({"step": step, "loss": 0.5} for step in range(4)), {"step": 3, "loss": 0.25}]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,10 @@ def test_in_bfloat16_from_a_full_disk_to_a_predictor_that_the_engine_takes(place
     assert "train/shard_00000.partial/residual.npy: the log cannot be written there (File too large)" in said
     done = run(place, "half", *bfloat16)
     assert done.returncode == 0, done.stderr
+    shutil.rmtree(place / "half" / "fit")
+    full = run(place, "half", *bfloat16, disk="20")
+    assert full.returncode == 2 and "Traceback" not in full.stderr
+    assert "fit/checkpoints cannot be written (File too large); free some space" in full.stderr.splitlines()[-1]
     other = run(place, "half", "--config.fit.dtype=bfloat16")
     assert other.returncode == 2 and "of a model in another dtype" in other.stderr.splitlines()[-1]
     other = run(place, "half", "--config.dtype=bfloat16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging as std_logging
 import os
 import re
 import sys
@@ -47,8 +48,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _hush_orbax() -> None:
-    """What it logs with a traceback it raises too; what it then leaves running finds its event loop closed."""
+    """What it logs with a traceback it raises too; tasks left behind then fail unheard, or on a closed event loop."""
     logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     show = sys.unraisablehook
     sys.unraisablehook = lambda what: None if str(what.exc_value) == "Event loop is closed" else show(what)
 

@@ -11,6 +11,7 @@ from moe_jax.prediction import calibration, metrics, predictors
 from moe_jax.prediction.activation_log import ActivationLog, Activations
 from moe_jax.prediction.interface import Features
 from moe_jax.prediction.lookahead import default_sharpness
+from tests.full_disk import files_of_at_most
 from tests.prediction.synthetic import MODEL, SPEC, outputs, parts, top_k, windows
 
 L, H, E, K = SPEC.num_layers, SPEC.horizon, SPEC.num_experts, SPEC.top_k
@@ -92,6 +93,14 @@ def test_what_has_no_target_keeps_the_default(log):
     default, found = default_sharpness(SPEC), calibration.fit("router", params_of("router"), SPEC, short, np.arange(1))
     np.testing.assert_array_equal(found[-1], default[-1])  # all in the token after the window's last
     assert (found[1, :2] != default[1, :2]).all()
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_stored(tmp_path):
+    value = np.ones((SPEC.num_layers + 1, SPEC.horizon), np.float32)
+    calibration.store(tmp_path, MODEL, {"router": value}, ["a.txt"])
+    with files_of_at_most(20), pytest.raises(UserError, match=r"calibration.json cannot be written \(File too large"):
+        calibration.store(tmp_path, MODEL, {"router": 2 * value}, ["a.txt"])
+    np.testing.assert_array_equal(calibration.stored(tmp_path, SPEC, MODEL)["router"], value)
 
 
 def test_it_is_kept_beside_a_predictor_and_cut_to_the_horizon(tmp_path):

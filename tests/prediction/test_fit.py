@@ -99,7 +99,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(logs, whole, tmp_path, 
 # TensorStore's writes that go on find the event loop of orbax closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("full_at", [0, 7])
-def test_a_disk_that_fills_ends_in_one_line_and_the_run_goes_on_to_the_same_bits(logs, whole, tmp_path, full_at):
+def test_a_disk_that_fills_ends_in_one_line_and_the_run_goes_on_to_the_same_bits(
+    logs, whole, tmp_path, full_at, caplog
+):
     with contextlib.ExitStack() as disk:
 
         def progress(step, values):
@@ -111,7 +113,9 @@ def test_a_disk_that_fills_ends_in_one_line_and_the_run_goes_on_to_the_same_bits
         ):
             train(logs, tmp_path, progress=progress)
     seen = []
+    caplog.clear()
     resumed = train(logs, tmp_path, progress=lambda step, values: seen.append(step))
+    assert "already exists" not in caplog.text  # what was left of a checkpoint is gone
     assert seen[0] == full_at and same(resumed[0], whole[0]) and resumed[1] == whole[1]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["12", "9"]
 

@@ -13,6 +13,7 @@ from moe_jax.prediction import predictors, saved
 from moe_jax.prediction.best import BestPerLayer
 from moe_jax.prediction.interface import Features, at
 from moe_jax.prediction.learned import Learned, boundary, score_windows, window_inputs, window_targets
+from tests.full_disk import files_of_at_most
 from tests.prediction.synthetic import MODEL, SPEC, activations, logged, parts
 from tests.prediction.test_predictors import run
 
@@ -100,6 +101,18 @@ def trained(tmp_path):
     params = noisy(Learned(3, 9))
     saved.save(tmp_path, weights(params), SPEC, MODEL, {"note": 1})
     return tmp_path, params
+
+
+# TensorStore's writes that go on find the event loop of orbax closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_is_one_line_and_leaves_no_predictor(trained):
+    directory, params = trained
+    with files_of_at_most(100), pytest.raises(UserError, match=rf"^{directory} cannot be written \(File too large\)"):
+        saved.save(directory, weights(params), SPEC, MODEL, {})
+    with pytest.raises(UserError, match="holds no trained predictor"):
+        saved.load(directory, SPEC, MODEL)
+    saved.save(directory, weights(params), SPEC, MODEL, {})
+    saved.load(directory, SPEC, MODEL)
 
 
 def test_saved_weights_come_back_and_a_shorter_horizon_is_a_part_of_them(trained):

@@ -9,6 +9,7 @@ from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.inference.session import Model, shipped
 from moe_jax.prediction import recall_file, saved
+from tests.full_disk import files_of_at_most
 from tests.prediction.synthetic import MODEL, SPEC
 from tests.tiny import write_tiny
 
@@ -50,6 +51,13 @@ def test_a_damaged_one_is_one_line_and_written_anew(tmp_path, text):
     assert "\n" not in str(error.value)
     recall_file.store(tmp_path, MODEL, {"router": [0.5]}, ["text"])
     assert recall_file.stored(tmp_path, MODEL, "router") == [0.5]
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_stored(tmp_path):
+    recall_file.store(tmp_path, MODEL, {"router": [None, 0.5]}, ["text"])
+    with files_of_at_most(20), pytest.raises(UserError, match=r"recall.json cannot be written \(File too large\)"):
+        recall_file.store(tmp_path, MODEL, {"repeat": [None, 0.1]}, ["text"])
+    assert recall_file.stored(tmp_path, MODEL, "router") == [None, 0.5]
 
 
 def test_a_new_training_drops_what_was_measured_of_the_old_one(tmp_path):

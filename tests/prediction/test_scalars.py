@@ -52,12 +52,15 @@ def test_tensorboard_reads_the_events(tmp_path):
 def test_a_disk_that_fills_ends_in_one_line_and_lines_stay_whole(tmp_path, kind):
     place = {"JsonLines": tmp_path / "scalars.jsonl", "TensorBoard": tmp_path}[kind]
     writer = getattr(scalars, kind)(place)
-    full = pytest.raises(UserError, match=rf"^{place}.* cannot be written \(File too large\).* goes on where this one")
-    with files_of_at_most(100), full, contextlib.closing(writer):
-        for step in range(1000):
-            writer.write(step, {"loss": 0.5})
+    message = rf"^{place}.* cannot be written \(File too large\).* goes on where this one"
+    with files_of_at_most(110):
+        with pytest.raises(UserError, match=message):
+            for step in range(1000):
+                writer.write(step, {"loss": 0.5})
+        with pytest.raises(UserError, match=message):
+            writer.close()
     file = next(tmp_path.iterdir())
-    assert file.stat().st_size == 100  # not the end of a line
+    assert file.stat().st_size == 110  # not the end of a line
     if kind == "JsonLines":
         with contextlib.closing(scalars.JsonLines(place)) as resumed:
             resumed.write(3, {"loss": 0.25})

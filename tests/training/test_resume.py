@@ -1,4 +1,4 @@
-"""train_lm.py killed with SIGKILL at a random moment resumes and ends with the weights of an uninterrupted run."""
+"""train_lm.py killed with SIGKILL at a random moment, or stopped by a full disk, resumes to the same weights."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import safe_open
 
 from moe_jax.training import corpus
+from tests.full_disk import files_of_at_most
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 60, 4
@@ -84,6 +85,11 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path):
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL, "it ended before it was killed"
     assert not (tmp_path / "killed" / "model").exists()
+    with files_of_at_most(1000):
+        full = train(tmp_path / "data", tmp_path / "killed")
+    log = full.communicate(timeout=300)[1]
+    assert full.returncode == 2 and "Traceback" not in log
+    assert "checkpoints cannot be written (File too large); free some space" in log.splitlines()[-1]
     resumed = train(tmp_path / "data", tmp_path / "killed")
     log = resumed.communicate(timeout=300)[1]
     assert resumed.returncode == 0, log

@@ -5,6 +5,8 @@ import signal
 
 from hypothesis import settings
 
+from moe_jax import cli
+
 # Compilation inside an example takes seconds; in CI a failure must be repeatable from its log alone.
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -12,3 +14,7 @@ settings.load_profile("ci" if os.environ.get("CI") == "true" else "default")
 
 # A shell starts background jobs with Ctrl-C ignored, and the processes that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What one test compiled the next ones load, as do the scripts that they start; those need not start twice either.
+cli.use_compilation_cache()
+os.environ.update(cli.MALLOC)

@@ -68,7 +68,8 @@ def compare(source, converted) -> None:
         with cli.status(f"comparing on {name}"):
             ids = tokenizer.encode(Path(name).read_text(encoding="utf-8", errors="replace"))
             r = agreement.compare(source, converted, ids)
-        row = f"{round(r.kl, 5) + 0:.5f}", f"{r.perplexity_reference:.4f}", f"{r.perplexity:.4f}", f"{100 * r.same_choice:.2f}%"
+        kl = round(r.kl, 5) + 0  # no -0.00000
+        row = f"{kl:.5f}", f"{r.perplexity_reference:.4f}", f"{r.perplexity:.4f}", f"{100 * r.same_choice:.2f}%"
         table.add_row(Path(name).name, str(r.tokens), *row)
     console = Console()
     Console(width=None if console.is_terminal else max(console.width, 110)).print(table)

@@ -15,6 +15,5 @@ settings.load_profile("ci" if os.environ.get("CI") == "true" else "default")
 # A shell starts background jobs with Ctrl-C ignored, and the processes that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What one test compiled the next ones load, as do the scripts that they start; those need not start twice either.
+# What one test compiled the next ones load, as do the scripts that they start.
 cli.use_compilation_cache()
-os.environ.update(cli.MALLOC)

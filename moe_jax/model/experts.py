@@ -74,7 +74,7 @@ def widened(w: ExpertWeights, dtype: Any) -> ExpertWeights:
       UserError: it is quantised; those are widened at each use.
     """
     if isinstance(w.gate_up, tuple):
-        raise UserError("--config.offload.upcast=arrival is for experts that are neither quantised nor packed; leave it at stage")
+        raise UserError("--config.offload.upcast=arrival is not for quantised or packed experts; leave it at stage")
     return ExpertWeights(*(None if part is None else part.astype(dtype) for part in w))
 
 

@@ -22,6 +22,7 @@ from moe_jax.inference.session import shipped
 from moe_jax.inference.text import Tokenizer
 from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.offload.bank import HostBank
+from moe_jax.offload.disk import DiskBank
 from moe_jax.offload.source import OffloadedExperts
 from tests.tiny import TINY, write_tiny
 
@@ -57,11 +58,13 @@ def logits(checkpoint, source) -> list[np.ndarray]:
 @pytest.mark.parametrize("form", FORMS)
 def test_offloaded_is_resident_to_the_bit(converted, form):
     checkpoint = converted[form]
-    a, bank = checkpoint.architecture, HostBank(checkpoint)
+    a = checkpoint.architecture
     resident = logits(checkpoint, ResidentExperts(checkpoint))
-    for experts in (a.top_k, 9):
-        offloaded = OffloadedExperts(bank, a, experts * bank.expert_bytes)
-        np.testing.assert_array_equal(logits(checkpoint, offloaded), resident)
+    for kind in (HostBank, DiskBank):
+        for experts in (a.top_k, 9):
+            bank = kind(checkpoint)
+            offloaded = OffloadedExperts(bank, a, experts * bank.expert_bytes)
+            np.testing.assert_array_equal(logits(checkpoint, offloaded), resident)
 
 
 def test_converted_is_the_source_to_the_bit(source, converted):

@@ -22,13 +22,14 @@ GB = 1e9
 # Runs the script's own function, after having made what its first conversion makes once: imports, compiled functions.
 MEASURED = """
 import re, sys
+import ml_dtypes
 import numpy as np
 from moe_jax.checkpoint.convert import convert
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.checkpoint.quantize import quantize
 from moe_jax.model.experts import ExpertWeights
 source = HFCheckpoint(sys.argv[1])
-small = np.ones((64, 64), np.float32)
+small = np.ones((64, 64), ml_dtypes.bfloat16)
 quantize(ExpertWeights(small, small), sys.argv[3])
 print(int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024, flush=True)
 convert(source, sys.argv[2], sys.argv[3])

@@ -116,7 +116,8 @@ def describe(model, chosen: bool) -> None:
         print("For another model: --config.checkpoint=DIR, a Hugging Face directory such as Mixtral-8x7B-v0.1")
     elif not isinstance(model.checkpoint, Converted):
         print(
-            f"To convert it once: python convert.py --checkpoint={config.checkpoint} --output=DIR [--quantization=packed]"
+            f"To convert it once: python convert.py --checkpoint={config.checkpoint} --output=DIR"
+            " [--quantization=packed]"
         )
     for note in model.notes:
         print(note)

@@ -49,8 +49,6 @@ def test_a_disk_that_fills_is_one_line_and_keeps_no_half_of_a_file(tmp_path):
     assert file.read_text() == "[\n 1\n]\n"
 
 
-# TensorStore's writes that go on find the event loop of orbax closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_libraries_that_write_say_it_in_their_own_words(tmp_path):
     weights = {"a": np.random.default_rng(0).random(10_000)}
 

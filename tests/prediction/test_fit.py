@@ -96,8 +96,6 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(logs, whole, tmp_path, 
     assert same(resumed[0], whole[0]) and resumed[1] == whole[1]
 
 
-# TensorStore's writes that go on find the event loop of orbax closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("full_at", [0, 7])
 def test_a_disk_that_fills_ends_in_one_line_and_the_run_goes_on_to_the_same_bits(
     logs, whole, tmp_path, full_at, caplog

@@ -103,8 +103,6 @@ def trained(tmp_path):
     return tmp_path, params
 
 
-# TensorStore's writes that go on find the event loop of orbax closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_one_line_and_leaves_no_predictor(trained):
     directory, params = trained
     with files_of_at_most(100), pytest.raises(UserError, match=rf"^{directory} cannot be written \(File too large\)"):

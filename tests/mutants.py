@@ -30,13 +30,26 @@ LOSSLESS, ENGINE = "tests/inference/test_lossless.py", "tests/inference/test_eng
 OFFLOAD = "tests/offload/test_outlook.py tests/offload/test_loader.py"
 AHEAD_OF_TIME = "tests/aot"  # needs its dependency group: python tests/aot/compilers.py
 MUTANTS = {
+    "listed weights of a packed matrix go to the first chunk": Mutant(
+        "moe_jax/model/packed.py", {"[:, None] * rows + ": "[:, None] * 0 + "}, "tests/model/test_quantized.py"
+    ),
+    "packed zeros get the base exponent": Mutant(
+        "moe_jax/model/packed.py",
+        {"jnp.where(code > 0, code": "jnp.where(code >= 0, code"},
+        "tests/model/test_quantized.py",
+    ),
+    "packing drops the mantissa of subnormal weights": Mutant(
+        "moe_jax/checkpoint/packing.py",
+        {"(inside | (exponent == 0))": "inside"},
+        "tests/checkpoint/test_packing.py",
+    ),
     "two experts swapped in the bank": Mutant(
         "moe_jax/offload/bank.py",
         {"put(self._experts[key],": "put(self._experts[key[0], {0: 1, 1: 0}.get(key[1], key[1])],"},
         LOSSLESS,
     ),
     "staging buffer reused while alive": Mutant(
-        "moe_jax/checkpoint/safetensors_file.py",
+        "moe_jax/memory.py",
         {
             "    raw = np.empty(nbytes + 64, np.uint8)\n": "    raw = _STAGING.setdefault(nbytes, "
             "np.empty(nbytes + 64, np.uint8))\n",

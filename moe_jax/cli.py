@@ -8,6 +8,7 @@ import logging as std_logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def run(main: Callable[[], None]) -> None:
 
 def _hush_orbax() -> None:
     """What it logs with a traceback it raises too; tasks left behind then fail unheard, or on a closed event loop."""
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
     logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     show = sys.unraisablehook

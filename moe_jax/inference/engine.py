@@ -20,7 +20,7 @@ from moe_jax.errors import UserError
 from moe_jax.inference.block import Block
 from moe_jax.inference.execution import Execution
 from moe_jax.inference.forecast import Forecast
-from moe_jax.inference.grouping import arities, assign, padded, power_of_two, unique_in_order
+from moe_jax.inference.grouping import arities, assign, padded, power_of_two, unique_in_order, used_by_token
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import CHUNKS, KVCache, Routed, Stages, committed
 from moe_jax.model.experts import ExpertSource
@@ -187,7 +187,7 @@ class Engine:
             ids = np.concatenate([block.ids() for block in blocks])
             ids_by_layer.append(ids.reshape(chunks, B, Tc, -1).swapaxes(0, 1).reshape(B, chunks * Tc, -1))
             needed = unique_in_order(ids, np.concatenate(active))
-            order = self.source.request(layer, needed)
+            order = self.source.request(layer, needed, used_by_token(ids_by_layer[-1], lengths, a.num_experts))
             if self.record:
                 self.record.prefill_needed.append(needed)
             # Every prompt of some length needs nearly all experts: the next layer's follow behind this one's.

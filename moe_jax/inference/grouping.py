@@ -68,6 +68,20 @@ def unique_in_order(ids: np.ndarray, active: np.ndarray) -> list[int]:
     return list(dict.fromkeys(ids[active].ravel().tolist()))
 
 
+def used_by_token(ids: np.ndarray, lengths: np.ndarray, num_experts: int) -> np.ndarray:
+    """Experts that the tokens of prompts use, bool [T, E], as if they were decoded side by side and ended together.
+
+    Args:
+      ids: int [B, >= T, K], the router's choice.
+      lengths: int [B], tokens of each prompt.
+    """
+    longest = int(lengths.max())
+    used = np.zeros((longest, num_experts), bool)
+    for row, length in enumerate(lengths.tolist()):
+        used[np.arange(longest - length, longest)[:, None], ids[row, :length]] = True
+    return used
+
+
 def assign(ids: np.ndarray, active: np.ndarray, experts: Sequence[int], limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and output slots of a group of experts, as `run_experts` takes them.
 

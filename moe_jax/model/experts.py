@@ -36,10 +36,14 @@ class ExpertSource(Protocol):
         """A decode step, or the prefill (token -1), starts."""
         ...
 
-    def request(self, layer: int, experts: Sequence[int]) -> list[int]:
+    def request(self, layer: int, experts: Sequence[int], by_token: np.ndarray | None = None) -> list[int]:
         """States every expert that `layer` needs now, in router order; misses are demanded at once.
 
-        Returns the same experts in the order in which they are best run: resident ones first.
+        Args:
+          by_token: in a prefill, which of them each token of the prompts uses, bool [T, E], the last one last.
+
+        Returns:
+          The same experts in the order in which they are best run: resident ones first.
         """
         ...
 

@@ -77,15 +77,18 @@ class Loader:
 
     # Called by the decode thread.
 
-    def request(self, layer: int, keys: Sequence[Key]) -> list[Outcome]:
-        """`layer` needs these distinct keys; misses are queued at once. Replaces the request before."""
+    def request(self, layer: int, keys: Sequence[Key], by_token: np.ndarray | None = None) -> list[Outcome]:
+        """`layer` needs these distinct keys; misses are queued at once. Replaces the request before.
+
+        `by_token`: of a prompt, the experts that each of its tokens uses, bool [T, E].
+        """
         with self._lock:
             self._check_usable()
             self._poll()
             now = time.perf_counter()
             self._clock(now)
             self._layer = layer
-            self._outlook.passed(layer, [expert for _, expert in keys])
+            self._outlook.passed(layer, [expert for _, expert in keys], by_token)
             self._pending = dict.fromkeys(keys)
             self._need = len(keys)
             self._demand.clear()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_jax.model.experts import Key
+from moe_jax.offload.history import History
 
 WRONG = 0.5
 """What a wrong speculative load costs where the link is idle, in loads: memory bandwidth and CPU."""
@@ -14,42 +15,14 @@ TAKEN = 2.0
 """What it costs besides where the link is always busy: a load's time, and that of a load for what it has evicted.
 Measured from a disk: 25% of the experts in memory (the link is busy for 0.9 of the time) are fastest with a cost of 2.3
 to 3 in all, 70% (0.5 of the time) with 1.5."""
-RATE_TOKENS = 256
-"""Uses of an expert are averaged over about so many tokens."""
-PRIOR_TOKENS = 32
-"""What an expert's rate of use is taken to be before any token counts as much as so many tokens: the
-first uses alone would tell too much."""
-RECENT_TOKENS = 16
-"""How far back goes what corrects predictions: a text that repeats itself needs few experts again and again, and one
-that it has not needed for a while is less likely than a predictor thinks who knows only the last token."""
-
-
-class Averages:
-    """Moving averages of how often each expert is used, float [L, E]. Adding is cheap: a device waits for it.
-
-    A row is kept over a scale of its own that shrinks instead of all its numbers.
-    """
-
-    def __init__(self, num_layers: int, num_experts: int, value: float):
-        self._scaled, self._scale = np.full((num_layers, num_experts), value), np.ones(num_layers)
-
-    def add(self, layer: int, experts: Sequence[int], tokens: int) -> None:
-        """`layer` has used these distinct experts; that counts one part in `tokens`."""
-        scale = float(self._scale[layer]) * (1 - 1 / tokens)
-        if scale < 1e-6:
-            self._scaled[layer] *= scale
-            scale = 1.0
-        for expert in experts:
-            self._scaled[layer, expert] += 1 / (tokens * scale)
-        self._scale[layer] = scale
-
-    def values(self) -> np.ndarray:
-        """The averages."""
-        return self._scaled * self._scale[:, None]
+TRUST = 0.5
+"""How far what the text has used before corrects predictions, as a power of its odds: the two are not independent."""
+LEAST, LEAST_RATE = 1e-3, 0.02
+"""No chance is taken to be smaller, or nearer to 1, than the first, and no rate of use smaller than the second."""
 
 
 class Outlook:
-    """Latest predicted probability of every expert, and how often each is used.
+    """Latest predicted probability of every expert, corrected by what the text has used before.
 
     Once its layer has passed, or before anything is known of it, an expert has the prior K / E.
     """
@@ -57,11 +30,10 @@ class Outlook:
     def __init__(self, num_layers: int, num_experts: int, top_k: int):
         self.prior = top_k / num_experts
         self._value = np.full((num_layers, num_experts), self.prior, np.float32)
-        self._rate = Averages(num_layers, num_experts, self.prior)  # uses per token
-        self._recent = Averages(num_layers, num_experts, self.prior)
-        self._passes = [PRIOR_TOKENS] * num_layers
-        self._odds = np.ones_like(self._value)  # of recent use, over those of the layer's average expert
-        self._unheeded = 0  # layers that have passed since these were worked out
+        self._history = History(num_layers, num_experts, self.prior)
+        self._odds = np.ones((2, *self._value.shape), np.float32)  # for the token that runs, and for the next one
+        self._rate = self._history.usual()  # uses by a token, of those after
+        self._stale = False  # a token has ended since these were worked out
         self._held = np.zeros((num_layers, num_experts), bool)
         # Row l: the layers in the order in which they come after l.
         self._ahead = (np.arange(num_layers)[:, None] + np.arange(1, num_layers + 1)) % num_layers
@@ -79,26 +51,41 @@ class Outlook:
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
         """Predictions [H, E] for the layers after `layer`, wrapping; they replace earlier ones for these layers.
 
-        Recent use corrects the odds of what is not certain.
+        What the text has used before corrects the odds of what is not certain.
 
         Layer -1 means before layer 0: the rows are those of the last layer, layer 0's first.
         """
-        if self._unheeded >= len(self._value):  # once a token
-            chances = np.clip(self._recent.values(), 1e-3, 1 - 1e-3)
-            average = chances.mean(1, keepdims=True)
-            self._odds, self._unheeded = chances / (1 - chances) * ((1 - average) / average), 0
+        self._look_back()
         targets = self._ahead[layer, : len(probabilities)]
         p = probabilities[: len(targets)]
-        likely = p * self._odds[targets]
+        # Once the last layer has passed, all others are the next token's.
+        following = (targets <= layer) & (layer < len(self._value) - 1)
+        likely = p * self._odds[following.astype(int), targets]
         self._value[targets] = likely / (likely + (1 - p))
 
-    def passed(self, layer: int, experts: Sequence[int] = ()) -> None:
-        """`layer` has stated its needs: what was predicted for it is dropped."""
+    def passed(self, layer: int, experts: Sequence[int] = (), by_token: np.ndarray | None = None) -> None:
+        """`layer` has stated its needs: what was predicted for it is dropped.
+
+        Args:
+          experts: what it needs.
+          by_token: where that is for a whole prompt, what each of its tokens uses: bool [T, E].
+        """
         self._value[layer] = self.prior
-        self._passes[layer] = min(self._passes[layer] + 1, RATE_TOKENS)
-        self._rate.add(layer, experts, self._passes[layer])
-        self._recent.add(layer, experts, RECENT_TOKENS)
-        self._unheeded += 1
+        if by_token is None:
+            self._history.add(layer, experts)
+        else:  # of the next layers nothing is known but how many experts they need
+            self._history.add_prompt(layer, by_token)
+            self._odds[:], self._rate, self._stale = 1.0, self._history.usual(), False
+        self._stale |= layer == len(self._value) - 1
+
+    def _look_back(self) -> None:
+        if not self._stale:
+            return
+        self._stale = False
+        first, second, self._rate = self._history.chances()
+        chance = np.clip((first, second), LEAST, 1 - LEAST)
+        average = chance.mean(2, keepdims=True)
+        self._odds = (chance / (1 - chance) * ((1 - average) / average)) ** TRUST
 
     def clear(self) -> None:
         """Drops every prediction."""
@@ -154,7 +141,8 @@ class Outlook:
         An expert whose layer is d ahead is needed there with its probability p; otherwise it waits for another token,
         one in 1 / rate of which needs it: d + (1 - p) L / rate.
         """
+        self._look_back()
         count = len(self._value)
         distance = (np.arange(count) - layer - 1) % count + 1
-        rate = np.maximum(self._rate.values(), 1e-3)
+        rate = np.maximum(self._rate, LEAST_RATE)
         return (distance[:, None] + (1 - self._value) * count / rate)[table]

@@ -133,14 +133,16 @@ class OffloadedExperts:
         self._loader.unpin_all()
         self._loader.trace.begin_token(token)
 
-    def request(self, layer: int, experts: Sequence[int]) -> list[int]:
+    def request(self, layer: int, experts: Sequence[int], by_token: np.ndarray | None = None) -> list[int]:
         """States every expert that `layer` needs now, in router order; misses are demanded at once.
 
         What an earlier request demanded and has not issued is dropped. Returns the experts in the order in which they
         are best run: resident ones, then by expected arrival.
+
+        `by_token`: of a prompt, the experts that each of its tokens uses, bool [T, E].
         """
         experts = list(dict.fromkeys(map(int, experts)))
-        outcomes = self._loader.request(layer, [(layer, expert) for expert in experts])
+        outcomes = self._loader.request(layer, [(layer, expert) for expert in experts], by_token)
         self._loader.trace.step(layer, experts, outcomes)
         if "missed" not in outcomes and "late" not in outcomes:
             return experts

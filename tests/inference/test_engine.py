@@ -9,7 +9,7 @@ from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.errors import UserError
 from moe_jax.inference.block import pieces
 from moe_jax.inference.engine import Engine, Record
-from moe_jax.inference.grouping import arities, assign, bucket, calls, padded, sizes
+from moe_jax.inference.grouping import arities, assign, bucket, calls, padded, sizes, used_by_token
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.prediction import predictors
@@ -62,7 +62,7 @@ class Watched(ResidentExperts):
     def wants_prediction(self, cost_s):
         return next(self.wanted)
 
-    def request(self, layer, experts):
+    def request(self, layer, experts, by_token=None):
         self.requested += 1
         return super().request(layer, experts)
 
@@ -193,3 +193,40 @@ def test_grouping():
     ids = np.array([[4, 1], [1, 0], [2, 4]])
     rows, slots = assign(ids, np.array([True, True, False]), [1, 4], 4)
     assert rows.tolist() == [[0, 1], [0, 0]] and slots.tolist() == [[1, 2], [0, 6]]
+
+
+def test_the_source_learns_what_every_token_of_a_prompt_used(model, monkeypatch):
+    _, a, engine = model
+    lengths, told, routed = [40, 3, 17], [], {}
+    original = engine.source.request
+
+    def request(layer, experts, by_token=None):
+        told.append(by_token)
+        return original(layer, experts, by_token)
+
+    monkeypatch.setattr(engine.source, "request", request)
+    monkeypatch.setattr(engine, "prefill_chunk", 64)  # several chunks
+    rows = prompts(lengths)
+    for row in rows:  # alone, its routing is as among others
+        engine.prefill([row], 2, sink=lambda layer, c, r: routed.setdefault(layer, []).append(np.asarray(r.ids)))
+    ids = {layer: np.concatenate(found).reshape(-1, a.top_k) for layer, found in routed.items()}
+    told.clear()
+    engine.prefill(rows, 2)
+    assert [used.shape for used in told] == [(40, a.num_experts)] * a.num_moe_layers
+    for layer, used in enumerate(told):
+        alone, start = [], 0
+        for length in lengths:
+            chunk = engine.shapes([length], 2)[1]
+            alone.append(ids[layer][start : start + length])
+            start += -(-length // chunk) * chunk
+        for ago in range(1, 41):  # tokens before the end
+            expected = {e for own in alone if len(own) >= ago for e in own[-ago].tolist()}
+            assert set(np.flatnonzero(used[-ago]).tolist()) == expected
+    engine.decode(np.zeros(8, np.int32), engine.prefill(rows, 2)[1])
+    assert told[-1] is None  # a decode step is one token
+
+
+def test_prompts_end_together():
+    ids = np.array([[[0, 1], [2, 3], [4, 5]], [[1, 2], [9, 9], [9, 9]]])
+    used = used_by_token(ids, np.array([3, 1]), 10)
+    assert [np.flatnonzero(row).tolist() for row in used] == [[0, 1], [2, 3], [1, 2, 4, 5]]

@@ -169,7 +169,7 @@ def test_planned_experts_are_stated_at_the_layer_before(tiny):
             self.__dict__.update(tiny.resident.__dict__)
             self.calls = []
 
-        def request(self, layer, experts):
+        def request(self, layer, experts, by_token=None):
             self.calls.append((layer, sorted(experts)))
             return super().request(layer, experts)
 

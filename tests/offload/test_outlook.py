@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from moe_jax.offload.history import RECENT, SHARE, History
 from moe_jax.offload.keys import KeySet
-from moe_jax.offload.outlook import PRIOR_TOKENS, RATE_TOKENS, RECENT_TOKENS, TAKEN, WRONG, Averages, Outlook
+from moe_jax.offload.outlook import LEAST, LEAST_RATE, TAKEN, TRUST, WRONG, Outlook
 from tests.offload.rig import E, K, L, predictions
 
 
@@ -134,19 +135,86 @@ def test_the_less_busy_the_link_the_less_likely_a_load_may_be():
     assert o.best(0) is None and not o.likely((1, 1))
 
 
+def run(o, *experts):
+    """A token that uses these, one pair per layer."""
+    for layer, pair in enumerate(experts):
+        o.passed(layer, list(pair))
+
+
 def test_recent_use_corrects_what_is_not_certain():
     o = outlook()
-    for _ in range(3 * RECENT_TOKENS):
-        o.passed(1, [1, 2])
-    o.offer(0, predictions({0: 1.0, 1: 0.8, 3: 0.8}, {3: 0.8}))
+    for _ in range(3 * RECENT):
+        run(o, (0, 1), (1, 2), (0, 3))
+    o.offer(0, predictions({0: 1.0, 1: 0.8, 3: 0.8}, {3: 0.72, 2: 0.72}))
     assert o.likely((1, 0)) and o.likely((1, 1)) and not o.likely((1, 3))
     assert o.best(0) == ((1, 0), pytest.approx(1.0))  # the prediction knows
     o.hold((1, 0), True)
     assert o.best(0) == ((1, 1), pytest.approx(0.99, abs=0.009))
     o.hold((1, 1), True)
-    assert o.best(0) == ((2, 3), pytest.approx(0.8))  # another layer's are not touched
+    assert o.best(0) == ((2, 3), pytest.approx(0.98, abs=0.02)) and not o.likely((2, 2))
     o.offer(0, predictions({1: 0.0}))
     assert o.below(table((1, 1)), 1e-6).any()
+
+
+def test_layers_of_the_running_and_of_the_next_token_are_corrected_by_their_own():
+    o, h = outlook(), History(L, E, K / E)
+    for token in 5 * [[(0, 1)] * L, [(1, 2)] * L, [(2, 3)] * L, [(0, 3)] * L]:
+        run(o, *token)
+        for layer, pair in enumerate(token):
+            h.add(layer, list(pair))
+    first, second, _ = h.chances()
+    even = np.full((L, E), 0.3, np.float32)
+
+    def corrected(chance):
+        chance = np.clip(chance, LEAST, 1 - LEAST)
+        average = chance.mean(-1, keepdims=True)
+        odds = (chance / (1 - chance) * ((1 - average) / average)) ** TRUST * 0.3 / 0.7
+        return odds / (1 + odds)
+
+    o.offer(L - 1, even)  # the token has ended: all layers are the next one's
+    np.testing.assert_allclose(o._value, corrected(first), rtol=1e-4)
+    o.offer(-1, even)
+    np.testing.assert_allclose(o._value, corrected(first), rtol=1e-4)
+    o.passed(0, [0, 1])
+    o.offer(0, even)
+    np.testing.assert_allclose(o._value, corrected(np.stack([second[0], first[1], first[2]])), rtol=1e-4)
+
+
+def test_what_a_token_used_is_known_though_nothing_was_predicted_since():
+    o = outlook()
+    for pair in 4 * [(0, 1), (1, 2), (4, 5)]:
+        run(o, *[pair] * L)
+    o.passed(0, [0, 1])  # of the next token
+    used_by_the_one_after, by_none = o.expected(0, table((1, 2), (1, 3)))
+    assert 2 * used_by_the_one_after < by_none
+
+
+def test_of_a_prompt_every_token_counts_and_what_is_predicted_meanwhile_is_believed():
+    o, h = outlook(), History(L, E, K / E)
+    for pair in 3 * [(0, 1), (0, 2), (4, 5)]:
+        run(o, *[pair] * L)
+        for layer in range(L):
+            h.add(layer, list(pair))
+    o.offer(L - 1, predictions({3: 0.8}))
+    assert not o.likely((0, 3))
+    used = np.zeros((40, E), bool)
+    used[:, 1], used[:20, 3], used[20:, 2] = True, True, True
+    for layer in range(L):
+        o.passed(layer, [1, 2, 3], used)
+        h.add_prompt(layer, used)
+        if layer + 1 < L:
+            o.offer(layer, predictions({3: 0.8}))
+            assert o._value[layer + 1, 3] == pytest.approx(0.8)
+            rates = np.maximum(h.usual()[0, [1, 2, 3]], LEAST_RATE)
+            np.testing.assert_allclose(
+                o.expected(layer, table((0, 1), (0, 2), (0, 3))), L - layer + (1 - K / E) * L / rates, rtol=1e-5
+            )
+    _, _, later = h.chances()
+    np.testing.assert_allclose(
+        o.expected(L - 1, table((0, 2), (0, 3))),
+        1 + (1 - K / E) * L / np.maximum(later[0, [2, 3]], LEAST_RATE),
+        rtol=1e-5,
+    )
 
 
 def test_expected_next_use():
@@ -161,21 +229,19 @@ def test_expected_next_use():
 
 def test_experts_in_use_are_expected_sooner():
     o = outlook()
-    for _ in range(50):
-        o.passed(0, [1, 2])
-    prior, rates = K / E, [(PRIOR_TOKENS * K / E + uses) / (PRIOR_TOKENS + 50) for uses in (50, 0)]
-    rates.append(prior)  # layer 2 has not run
-    waits = [ahead + (1 - prior) * L / rate for ahead, rate in zip((2, 2, 1), rates, strict=True)]
-    np.testing.assert_allclose(o.expected(1, table((0, 1), (0, 3), (2, 3))), waits, rtol=1e-5)
+    for _ in range(3):
+        run(o, (1, 2), (0, 1), (0, 1))
+    fade = (1 - 1 / RECENT) ** 3
+    rates = [SHARE * (fade * K / E + used * (1 - fade)) + (1 - SHARE) * K / E for used in (1, 0)]
+    waits = [2 + (1 - K / E) * L / rate for rate in rates]
+    np.testing.assert_allclose(o.expected(1, table((0, 1), (0, 3))), waits, rtol=1e-5)
 
 
-def test_what_was_used_long_ago_is_forgotten():
+def test_what_is_never_used_is_expected_at_last_after_a_while():
     o = outlook()
-    for experts in ([1], [2]):
-        for _ in range(4 * RATE_TOKENS):
-            o.passed(0, experts)
-    once, now = o.expected(1, table((0, 1), (0, 2)))
-    assert now < 2 + L < 20 * L < once
+    for _ in range(200):
+        run(o, (1, 2), (1, 2), (1, 2))
+    assert o.expected(0, table((1, 3))) == pytest.approx([1 + (1 - K / E) * L / LEAST_RATE])
 
 
 def test_offered_arrays_are_not_aliased():
@@ -184,14 +250,3 @@ def test_offered_arrays_are_not_aliased():
     o.offer(0, table)
     table[:] = np.nan
     assert o.best(0) == ((1, 1), pytest.approx(0.9))
-
-
-def test_averages_are_moving_averages_however_long_they_run():
-    rng, averages = np.random.default_rng(0), Averages(2, 8, 0.25)
-    expected = np.full((2, 8), 0.25)
-    for step in range(3000):  # the scale is renewed several times
-        layer, experts, tokens = step % 2, rng.choice(8, 2, replace=False).tolist(), 16 if step % 4 < 2 else 40
-        averages.add(layer, experts, tokens)
-        expected[layer] *= 1 - 1 / tokens
-        expected[layer, experts] += 1 / tokens
-    np.testing.assert_allclose(averages.values(), expected, rtol=1e-9)

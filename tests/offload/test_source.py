@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moe_jax.errors import UserError
+from moe_jax.offload.policies import Predicted
 from moe_jax.offload.source import parse_budget
 from moe_jax.trace import Trace
 from tests.offload.rig import (
@@ -220,3 +221,17 @@ def test_no_budgets(text):
 def test_auto_takes_no_more_than_all_experts():
     assert parse_budget("auto", 1000, auto_bytes=5000) == 1000
     assert parse_budget("auto", 1000, auto_bytes=-5) == 0
+
+
+@pytest.mark.parametrize("mode", ["thread", "inline"])
+def test_what_only_the_start_of_a_prompt_used_goes_first(mode):
+    s = source(WatchedBank(3), 3, mode, policy=Predicted())
+    used = np.zeros((30, E), bool)
+    used[:15, 2] = used[15:, 0] = True
+    s.begin_token(-1)
+    for layer, experts, by_token in ((0, [0, 2], used), (1, [1, 3], used)):
+        for expert in s.request(layer, experts, by_token):
+            s.take(layer, [expert])
+            s.release(layer, [expert], ready())
+    assert set(s.store.resident) == {(0, 0), (1, 1), (1, 3)}
+    s.close()

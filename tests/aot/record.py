@@ -95,7 +95,7 @@ class AbstractSource:
     def begin_token(self, token: int) -> None:
         pass
 
-    def request(self, layer: int, experts: Sequence[int]) -> list[int]:
+    def request(self, layer: int, experts: Sequence[int], by_token: np.ndarray | None = None) -> list[int]:
         return list(experts)
 
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:

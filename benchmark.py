@@ -31,6 +31,9 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; repeatable. Default:
 PROMPT_LENGTHS = flags.DEFINE_list("prompt_lengths", None, "Tokens of each prompt, cut from the texts.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens of each run.", lower_bound=2)
 REPEATS = flags.DEFINE_integer("repeats", 6, "Runs of each mode, in turn.", lower_bound=2)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "How texts are continued: 0 is greedy, and small models then repeat themselves."
+)
 INFLATE = flags.DEFINE_integer("inflate", None, "Run a copy with experts so wide: same text, experts of megabytes.")
 INFLATE_FOLDER = flags.DEFINE_string("inflate_folder", None, "Where inflated copies are kept; default: the user cache.")
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write every figure to this file.")
@@ -58,6 +61,8 @@ def main() -> None:
         plot.require()
     config = Config.from_dict(CONFIG.value.to_dict())
     if PEERS.value:
+        if TEMPERATURE.value:
+            raise UserError("--peers compares the tokens of greedy texts; leave --temperature at 0")
         from moe_jax.evaluation.peers.race import require
 
         require()
@@ -73,6 +78,7 @@ def main() -> None:
     document = {
         "command": " ".join(["python", *sys.argv]),
         "config": dataclasses.asdict(config),
+        "temperature": TEMPERATURE.value,
         "simulated_link_gbps": config.offload.link_gbps or None,
         "runs": measure(config, batches, lengths),
     }
@@ -90,11 +96,12 @@ def measure(config, batches, lengths) -> list[dict]:
     from moe_jax.evaluation import speed
     from moe_jax.evaluation.lab import Lab
     from moe_jax.evaluation.texts import prompt_ids
+    from moe_jax.inference.sampling import Sampling
 
     trained = bool(config.prefetch.checkpoint or not config.checkpoint)
     resident = ways.RESIDENT in MODES.value
     with cli.status("loading the model"):
-        lab = Lab(config, resident, MAX_NEW_TOKENS.value)
+        lab = Lab(config, resident, MAX_NEW_TOKENS.value, Sampling(TEMPERATURE.value))
     modes = ways.parse(
         MODES.value,
         choices("prefetch.predictor"),

@@ -62,7 +62,19 @@ def main() -> None:
     from moe_jax.inference.session import Model, shipped
     from moe_jax.model.layers import parameter_counts
     from moe_jax.prediction import best as best_per_layer
-    from moe_jax.prediction import calibration, fit, lookahead, metrics, predictors, report, saved, scalars, texts
+    from moe_jax.prediction import (
+        calibration,
+        fit,
+        lookahead,
+        metrics,
+        predictors,
+        report,
+        saved,
+        scalars,
+        texts,
+        usage,
+        usage_fit,
+    )
     from moe_jax.prediction.activation_log import ActivationLog, room
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
 
@@ -193,6 +205,10 @@ def main() -> None:
     params, best = fitted(settings, output, "fitting", log, validation)
     fitted_s = time.time() - started - logged_s
 
+    with report.progress("fitting later use", usage_fit.STEPS) as advance:
+        later = usage_fit.fit(spec, log, c["seed"], advance)
+    used_s = time.time() - started - logged_s - fitted_s
+    later_use = {name: usage_fit.loss(u, spec, validation) for name, u in (("network", later), ("averages", None))}
     vectors, unseen = lookahead.default_vectors(*log.outputs())
     weights = {"network": params["network"], "vectors": vectors}
     chosen_by = {name: score(name, validation, weights, some(validation)) for name in best_per_layer.CANDIDATES}
@@ -206,15 +222,19 @@ def main() -> None:
         "validation": best,
         "experts_never_seen": unseen,
         "share_of_active_multiply_adds": cost,
-        "seconds": {"logging": logged_s, "fitting": fitted_s, "total": time.time() - started},
+        "later_use_nats_per_expert": later_use,
+        "seconds": {"logging": logged_s, "fitting": fitted_s, "later_use": used_s, "total": time.time() - started},
     }
     saved.save(output / "predictor", weights, spec, identity, {"config": c, **summary})
+    if worth_it := (later_use["network"] or 0) < (later_use["averages"] or 0):
+        usage.store(output / "predictor", identity, later)
     calibrate(output / "predictor", validation, weights)
     tell(test, saved.load(output / "predictor", spec, identity), summary)  # rounded, as they will be used
     print(
         f"{summary['train_tokens']:,} tokens; logging {logged_s:.0f} s, fitting {fitted_s:.0f} s, with choosing and"
         f" testing {time.time() - started:.0f} s; the network costs {100 * cost:.1f}% of the model's active"
         f" multiply-adds; {unseen} experts were never routed to\n"
+        f"{report.later_use(**later_use, kept=worth_it)}\n"
         f"saved: --config.prefetch.checkpoint={output / 'predictor'}"
     )
     model.close()

@@ -13,7 +13,8 @@ with them, were left out:
 two cores, of which logging 141 s and fitting 196 s; two such runs on different days gave the same weights, bit for bit.
 Patience was 20 then; every look was better than the one before, and with 3 the same log gives the same bits. Gradient
 steps in bfloat16 (`--config.fit.dtype=bfloat16`) reach the recall of float32 on the development texts, 64.94%, but no
-sooner on a CPU: 419 s after 363 s, on a machine that others were using.
+sooner on a CPU: 419 s after 363 s, on a machine that others were using. The network of later use came after that, and
+takes 10 to 30 s more; a third such run, with a test suite beside it, gave the same weights again.
 The tables on the test texts alone take one minute (`train_predictor.py --score=shipped`).
 
 Losses (`moe_jax/prediction/losses.py`), compared on the development texts after 300 steps on 150,000 tokens (13 minutes

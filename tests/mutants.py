@@ -27,7 +27,7 @@ class Mutant(NamedTuple):
 
 
 LOSSLESS, ENGINE = "tests/inference/test_lossless.py", "tests/inference/test_engine.py"
-OFFLOAD = "tests/offload/test_outlook.py tests/offload/test_loader.py"
+OFFLOAD = "tests/offload/test_history.py tests/offload/test_outlook.py tests/offload/test_loader.py"
 AHEAD_OF_TIME = "tests/aot"  # needs its dependency group: python tests/aot/compilers.py
 MUTANTS = {
     "listed weights of a packed matrix go to the first chunk": Mutant(
@@ -74,7 +74,26 @@ MUTANTS = {
         "moe_jax/offload/outlook.py", {"return bool(((self._value": "return not bool(((self._value"}, OFFLOAD
     ),
     "recent use turned round": Mutant(
-        "moe_jax/offload/outlook.py", {"chances / (1 - chances) *": "(1 - chances) / chances *"}, OFFLOAD
+        "moe_jax/offload/outlook.py",
+        {"self._chance / (1 - self._chance) *": "(1 - self._chance) / self._chance *"},
+        OFFLOAD,
+    ),
+    "chances of the next token for the one that runs": Mutant(
+        "moe_jax/offload/outlook.py", {"np.clip((first, second)": "np.clip((second, first)"}, OFFLOAD
+    ),
+    "places by the first tokens of a prompt": Mutant(
+        "moe_jax/inference/grouping.py", {"np.arange(longest - length, longest)": "np.arange(length)"}, ENGINE
+    ),
+    "what many texts share by chance is likeness": Mutant(
+        "moe_jax/offload/history.py", {"chance = less / (2": "chance = 0 * less / (2"}, OFFLOAD
+    ),
+    "later use that counts the next token": Mutant(
+        "moe_jax/prediction/usage_fit.py",
+        {"following[2:]": "following[1:]", "following[:2]": "following[:1]"},
+        "tests/prediction/test_usage.py",
+    ),
+    "modes that ask no network of later use": Mutant(
+        "moe_jax/evaluation/lab.py", {"future, self.model.usage)": "future)"}, "tests/evaluation/test_lab.py"
     ),
     "the farthest layer first": Mutant(
         "moe_jax/offload/outlook.py", {"value.any(1).argmax()": "value.any(1).cumsum().argmax()"}, OFFLOAD

@@ -96,6 +96,8 @@ def test_tables_json_and_plot(checkpoint, tmp_path):
         (["--batches=1,x"], ["--batches=1,x", "positive"]),
         (["--prompt=ab", "--prompt_lengths=30"], ["no prompt has 30 tokens"]),
         (["--config.offload.tier=none"], ["--config.offload.tier=host"]),
+        (["--peers", "--inflate=8", "--temperature=1"], ["--peers compares", "leave --temperature at 0"]),
+        (["--temperature=-1"], ["--temperature must be 0 (greedy) or above"]),
     ],
 )
 def test_mistakes(checkpoint, flags, parts):

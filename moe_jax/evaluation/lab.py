@@ -68,13 +68,14 @@ class Lab:
     config: its budget, predictor and policy do not matter: modes bring theirs.
     resident: whether every expert may be held on the device.
     new_tokens: that every run generates, unless its text ends before.
+    sampling: how they are drawn; every run of a request draws the same.
     """
 
-    def __init__(self, config: Config, resident: bool, new_tokens: int):
+    def __init__(self, config: Config, resident: bool, new_tokens: int, sampling: Sampling):
         if config.offload.tier == "none":
             raise UserError("benchmark.py compares with offloading: use --config.offload.tier=host")
         offload = dataclasses.replace(config.offload, tier="none") if resident else config.offload
-        self.config, self.new_tokens, self.resident = config, new_tokens, resident
+        self.config, self.new_tokens, self.resident, self.sampling = config, new_tokens, resident, sampling
         prefetch = dataclasses.replace(config.prefetch, predictor="none")
         self.model = Model(dataclasses.replace(config, offload=offload, prefetch=prefetch))
         self._engines: dict[Mode, Engine] = {}
@@ -182,7 +183,7 @@ class Lab:
         compile_for(engine, [len(prompt) for prompt in prompts], self.new_tokens, example)
         texts = [""] * len(prompts)
         return Generation(
-            engine, self.model.tokenizer, texts, prompts, self.new_tokens, Sampling(), batch_size=len(prompts)
+            engine, self.model.tokenizer, texts, prompts, self.new_tokens, self.sampling, batch_size=len(prompts)
         )
 
     def _engine(self, mode: Mode, request: Request) -> Engine:
@@ -214,7 +215,8 @@ class Lab:
         future = bounds.uses_in_order(request.record, self.architecture.num_moe_layers)[0] if request else []
         config = dataclasses.replace(self.config.offload, device_budget=budget, policy=mode.policy)
         config = dataclasses.replace(config, upcast=mode.upcast or config.upcast)
-        return open_source(config, self.model.checkpoint, jnp.dtype(self.config.dtype), None, self._bank, future)
+        dtype = jnp.dtype(self.config.dtype)
+        return open_source(config, self.model.checkpoint, dtype, None, self._bank, future, self.model.usage)
 
     def _weights(self) -> Callable[[int, int], ExpertWeights]:
         source = self.model.engine.source

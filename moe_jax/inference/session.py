@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -27,7 +28,7 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.text import Tokenizer
 from moe_jax.model.decoder import Stages, committed, device_weights
 from moe_jax.model.experts import ExpertSource, widened
-from moe_jax.prediction import predictors, recall_file
+from moe_jax.prediction import predictors, recall_file, usage
 from moe_jax.prediction.interface import Spec, fingerprint
 from moe_jax.prediction.oracle import Oracle, recorded
 
@@ -62,6 +63,7 @@ class Model:
             raise UserError(
                 f"--config.max_seq_len={config.max_seq_len} is more than the model's {a.max_seq_len} positions"
             )
+        self._dense = dense
         source = self._source()
         self.engine = Engine(
             stages,
@@ -102,7 +104,15 @@ class Model:
 
         offload = self.config.offload
         auto = self._auto_budget() if "auto" in (offload.device_budget, offload.host_budget) else None
-        return open_source(offload, self.checkpoint, jnp.dtype(self.config.dtype), auto)
+        return open_source(offload, self.checkpoint, jnp.dtype(self.config.dtype), auto, expect=self.usage)
+
+    @functools.cached_property
+    def usage(self) -> usage.Usage | None:
+        """How often experts will be used, if that was trained for this model."""
+        directory, a = self.predictor_directory(), self.checkpoint.architecture
+        if not usage.there(directory):
+            return None
+        return usage.stored(directory, Spec.of(a, 1), fingerprint(a, self._dense))
 
     def _auto_budget(self) -> int:
         c, a = self.config, self.checkpoint.architecture

@@ -8,25 +8,47 @@ the text: it knows what predictors that look at one token cannot know, several t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 SIZE = 256
 """The latest tokens that are remembered, at least."""
-RECENT = 16
+SCALES = np.array([4, 16, 64])
 """Uses are averaged over about so many tokens. Also a text that does not repeat itself keeps to its subject."""
+REACH = 16
+"""What lies further back than so many times that does not count: of a long prompt it is not even looked at."""
+YOUNG = 4
+"""Tokens that the prior counts as: the first averages reach no further back."""
 SHARE = 0.5
-"""How much that average says of how often an expert is going to be used; the rest says the layer's average expert."""
-ALIKE, SHARPNESS = 0.7, 15.0
-"""A place that shares this part of the experts of two tokens with another tells as much as the average does, one that
-shares 0.1 more e^1.5 times as much. These and what follows were chosen on the development texts, continued by the
-shipped model greedily and at random: the log loss of predictions and the loads of a cache."""
+"""How much the second average says of how often an expert is going to be used; the rest says the layer's average
+expert."""
+ALIKE, SHARPNESS = 0.66, 13.0
+"""A place that shares this part of the experts of two tokens with another, chance put aside, tells as much as the
+average does, one that shares 0.1 more e^1.3 times as much. These and what follows were chosen on the development texts,
+continued by the shipped model greedily and at random: the log loss of predictions and the loads of a cache."""
 NEAREST = 4
 """Places that are asked at most."""
 FOLLOWING, FADING = 20, 0.8
 """Tokens after a place that are looked at, and what each counts compared with the one before it."""
+
+
+CROWDED = 1.2
+"""Where so much more is used than by one token, several texts are decoded together: `Expect` knows single ones."""
+Expect = Callable[[np.ndarray], np.ndarray]
+"""From averages of use over `SCALES`, float32 [S, L, E], the chance of use by a later token, float32 [L, E]."""
+
+
+def pace(age: np.ndarray) -> np.ndarray:
+    """The part that a token has in each average, float [T, S], by how many came before it: int [T]."""
+    return 1 / np.minimum(SCALES, age[:, None] + YOUNG)
+
+
+def plain(averages: Any) -> Any:
+    """What averages [..., S, L, E] say of later use, [..., L, E], without a network."""
+    recent = averages[..., 1, :, :]
+    return SHARE * recent + (1 - SHARE) * recent.mean(-1, keepdims=True)
 
 
 class Chances(NamedTuple):
@@ -40,37 +62,45 @@ class Chances(NamedTuple):
 class History:
     """Of one run after another: what an earlier request used is no worse a memory.
 
-    A decode step is told layer by layer (`add`), a prompt too, for all its tokens at once (`add_prompt`); an incomplete
-    one is forgotten when something else begins.
+    A decode step is told layer by layer (`add`), a prompt too, for all its tokens at once (`add_prompt`). No place is
+    looked for in an incomplete one.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, prior: float):
-        self._shape = (num_layers, num_experts)
-        self._recent = np.full(self._shape, prior, np.float32)
+    def __init__(self, num_layers: int, num_experts: int, prior: float, expect: Expect | None = None):
+        """`expect`: says how often experts will be used, given averages of how often they were; None: `plain` does."""
+        self._shape, self._prior, self._expect = (num_layers, num_experts), prior, expect
+        self._averages = np.full((len(SCALES), *self._shape), prior, np.float32)
+        self._ages = np.zeros(num_layers, int)  # tokens that each layer's averages are of
         self._uses = np.zeros((2 * SIZE, num_layers, num_experts), np.float32)  # 0 or 1, of every token
         self._complete = self._running = 0  # tokens; those of what is incomplete, which follow
         self._next = 0  # layer
 
     def add(self, layer: int, experts: Sequence[int]) -> None:
-        """The token that runs uses these distinct experts of `layer`."""
+        """The token that runs uses these distinct experts of `layer`. A device waits for this: it is quick."""
         self._begin(layer, 1)
         self._uses[self._complete, layer, experts] = 1
-        self._recent[layer] *= 1 - 1 / RECENT
-        self._recent[layer, experts] += 1 / RECENT
+        if layer == self._shape[0] - 1:
+            share = pace(self._ages).T[..., None]
+            self._averages += share * (self._uses[self._complete] - self._averages)
+            self._ages += 1
         self._end(layer)
 
     def add_prompt(self, layer: int, used: np.ndarray) -> None:
         """The tokens of a prompt, the last one last, use these experts of `layer`: bool [T, E]."""
-        fading = (1 - 1 / RECENT) ** np.arange(len(used), dtype=np.float32)
-        self._recent[layer] *= (1 - 1 / RECENT) ** len(used)
-        self._recent[layer] += fading[::-1] @ used.astype(np.float32) / RECENT
+        self._ages[layer] += len(used)
+        used = used[-REACH * SCALES[-1] :].astype(np.float32)
+        share = pace(self._ages[layer] + np.arange(-len(used), 0)).astype(np.float32)
+        left = np.cumprod(1 - share[::-1], axis=0)[::-1]  # of what was there before each token, in the end
+        share[:-1] *= left[1:]
+        self._averages[:, layer] *= left[0][:, None]
+        self._averages[:, layer] += share.T @ used
         used = used[-SIZE:]
         self._begin(layer, len(used))
         self._uses[self._complete : self._complete + self._running, layer] = used[: self._running]
         self._end(layer)
 
     def _begin(self, layer: int, tokens: int) -> None:
-        if self._running and layer >= self._next:
+        if self._running and layer >= max(self._next, 1):
             return
         self._uses[self._complete : self._complete + self._running] = 0
         if self._complete + tokens > len(self._uses):
@@ -85,8 +115,10 @@ class History:
             self._complete, self._running, self._next = self._complete + self._running, 0, 0
 
     def usual(self) -> np.ndarray:
-        """How likely each expert is used by a token of this text, float32 [L, E], by recent use alone."""
-        return SHARE * self._recent + (1 - SHARE) * self._recent.mean(1, keepdims=True)
+        """How likely each expert is used by a token of this text, float32 [L, E], by how often it was."""
+        if self._expect is None or self._averages.mean((1, 2)).max() > CROWDED * self._prior:
+            return plain(self._averages)
+        return self._expect(self._averages)
 
     def chances(self) -> Chances:
         """What is to be expected after the last complete token."""
@@ -94,8 +126,12 @@ class History:
         if last < 3:
             return Chances(usual, usual, usual)
         uses = self._uses[: last + 1].reshape(last + 1, -1)
-        shared = uses @ uses[last - 1 :].T  # [last + 1, 2], with the last token but one and the last one
-        likeness = (shared[1:-1, 1] + shared[:-2, 0]) / max(uses[last - 1 :].sum(), 1)  # places 1 to last - 1
+        asked = np.stack([uses[last - 1], uses[last], np.ones_like(uses[last])])
+        first, second, size = (uses @ asked.T).T  # shared with the last token but one, with the last one; all
+        shared, size, own = second[1:-1] + first[:-2], size[1:-1] + size[:-2], size[last] + size[last - 1]
+        more, less = np.maximum(size, own), np.minimum(size, own)
+        chance = less / (2 * uses.shape[1])  # where several texts are decoded together, most is shared by chance
+        likeness = (shared / np.maximum(more, 1) - chance) / np.maximum(1 - chance, 1e-6)  # of places 1 to last - 1
         weight = np.exp(SHARPNESS * (likeness - ALIKE))
         places = np.argsort(-weight, kind="stable")[:NEAREST]
         weight, places = weight[places], places + 1

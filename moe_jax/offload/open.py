@@ -15,6 +15,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.experts import Key
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.disk import DiskBank
+from moe_jax.offload.history import Expect
 from moe_jax.offload.host_cache import HostCache
 from moe_jax.offload.policies import Belady, Eviction
 from moe_jax.offload.settings import Settings
@@ -32,6 +33,7 @@ def open_source(
     free_bytes: int | None,
     host_bank: HostBank | None = None,
     future: Sequence[Key] | None = None,
+    expect: Expect | None = None,
 ) -> OffloadedExperts:
     """The source for tier "host" or "disk".
 
@@ -40,6 +42,7 @@ def open_source(
       free_bytes: what a budget of "auto" may use; None: no budget is "auto".
       host_bank: for tier "host": one to share; None reads its own.
       future: for policy "belady": what the run will need, in order; None reads `config.trace`.
+      expect: how often experts will be used, given how often they were; None: without a trained network.
 
     Raises:
       UserError: a budget is malformed or too small, the tier or the policy lacks something.
@@ -69,6 +72,7 @@ def open_source(
         per_layer=config.budget_scope == "layer",
         threads=settings.read_threads if on_disk else 1,
         quota_bytes=settings.inline_quota_bytes,
+        expect=expect,
     )
 
 

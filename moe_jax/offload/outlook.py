@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_jax.model.experts import Key
-from moe_jax.offload.history import History
+from moe_jax.offload.history import Expect, History
 
 WRONG = 0.5
 """What a wrong speculative load costs where the link is idle, in loads: memory bandwidth and CPU."""
@@ -17,23 +17,31 @@ Measured from a disk: 25% of the experts in memory (the link is busy for 0.9 of 
 to 3 in all, 70% (0.5 of the time) with 1.5."""
 TRUST = 0.5
 """How far what the text has used before corrects predictions, as a power of its odds: the two are not independent."""
-LEAST, LEAST_RATE = 1e-3, 0.02
-"""No chance is taken to be smaller, or nearer to 1, than the first, and no rate of use smaller than the second."""
+LEAST, LEAST_RATE = 1e-3, 0.16
+"""No chance is taken to be smaller, or nearer to 1, than the first, and no rate of use smaller than this part of the
+average expert's."""
 
 
 class Outlook:
     """Latest predicted probability of every expert, corrected by what the text has used before.
 
-    Once its layer has passed, or before anything is known of it, an expert has the prior K / E.
+    Once its layer has passed, until something is predicted for it again, an expert is as likely as `History` says; for
+    speculation it then has the prior, K / E.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, top_k: int):
+    def __init__(self, num_layers: int, num_experts: int, top_k: int, expect: Expect | None = None):
+        """`expect`: of `History`."""
         self.prior = top_k / num_experts
         self._value = np.full((num_layers, num_experts), self.prior, np.float32)
-        self._history = History(num_layers, num_experts, self.prior)
-        self._odds = np.ones((2, *self._value.shape), np.float32)  # for the token that runs, and for the next one
+        self._history = History(num_layers, num_experts, self.prior, expect)
+        self._layers, self._said = np.arange(num_layers), np.zeros(num_layers, bool)  # whether it has a prediction
+        self._turn = np.zeros(num_layers, int)  # 0: the layer's next use is by the token that runs, 1: by the one after
+        # By turn, of what the text has used before: chances, and as odds of what a prediction does not know.
+        self._chance = np.full((2, *self._value.shape), self.prior, np.float32)
+        self._odds = np.ones_like(self._chance)
         self._rate = self._history.usual()  # uses by a token, of those after
-        self._stale = False  # a token has ended since these were worked out
+        self._stale = False  # something has been used since these were worked out
+        self._prompt = False  # that runs: of its next layers nothing is known but how many experts they need
         self._held = np.zeros((num_layers, num_experts), bool)
         # Row l: the layers in the order in which they come after l.
         self._ahead = (np.arange(num_layers)[:, None] + np.arange(1, num_layers + 1)) % num_layers
@@ -55,13 +63,13 @@ class Outlook:
 
         Layer -1 means before layer 0: the rows are those of the last layer, layer 0's first.
         """
-        self._look_back()
+        if not self._prompt:
+            self._look_back()
         targets = self._ahead[layer, : len(probabilities)]
         p = probabilities[: len(targets)]
-        # Once the last layer has passed, all others are the next token's.
-        following = (targets <= layer) & (layer < len(self._value) - 1)
-        likely = p * self._odds[following.astype(int), targets]
+        likely = p * self._odds[self._turn[targets], targets]
         self._value[targets] = likely / (likely + (1 - p))
+        self._said[targets] = True
 
     def passed(self, layer: int, experts: Sequence[int] = (), by_token: np.ndarray | None = None) -> None:
         """`layer` has stated its needs: what was predicted for it is dropped.
@@ -70,26 +78,36 @@ class Outlook:
           experts: what it needs.
           by_token: where that is for a whole prompt, what each of its tokens uses: bool [T, E].
         """
-        self._value[layer] = self.prior
+        if layer == 0:
+            self._turn[:] = 0
+        self._value[layer], self._said[layer], self._turn[layer] = self.prior, False, 1
+        last = layer == len(self._value) - 1
         if by_token is None:
             self._history.add(layer, experts)
-        else:  # of the next layers nothing is known but how many experts they need
+            self._stale |= last
+        else:
             self._history.add_prompt(layer, by_token)
-            self._odds[:], self._rate, self._stale = 1.0, self._history.usual(), False
-        self._stale |= layer == len(self._value) - 1
+            self._odds[:], self._stale = 1.0, True
+        self._prompt = by_token is not None and not last
+        if last:
+            self._turn[:] = 0
 
     def _look_back(self) -> None:
         if not self._stale:
             return
         self._stale = False
+        if self._prompt:
+            self._rate = self._history.usual()
+            self._chance[:] = self._rate
+            return
         first, second, self._rate = self._history.chances()
-        chance = np.clip((first, second), LEAST, 1 - LEAST)
-        average = chance.mean(2, keepdims=True)
-        self._odds = (chance / (1 - chance) * ((1 - average) / average)) ** TRUST
+        self._chance = np.clip((first, second), LEAST, 1 - LEAST)
+        average = self._chance.mean(2, keepdims=True)
+        self._odds = (self._chance / (1 - self._chance) * ((1 - average) / average)) ** TRUST
 
     def clear(self) -> None:
         """Drops every prediction."""
-        self._value[:] = self.prior
+        self._value[:], self._said[:] = self.prior, False
 
     def hold(self, key: Key, held: bool) -> None:
         """Whether `key` is on the device or on its way."""
@@ -133,7 +151,7 @@ class Outlook:
 
     def below(self, table: np.ndarray, probability: float) -> np.ndarray:
         """Of the experts in `table`, bool [L, E], those that are less likely to be needed."""
-        return table & (self._value < probability)
+        return table & (self._likelihood() < probability)
 
     def expected(self, layer: int, table: np.ndarray) -> np.ndarray:
         """Layers until each expert of `table`, bool [L, E], is needed, in expectation: float [count], in its order.
@@ -141,8 +159,12 @@ class Outlook:
         An expert whose layer is d ahead is needed there with its probability p; otherwise it waits for another token,
         one in 1 / rate of which needs it: d + (1 - p) L / rate.
         """
-        self._look_back()
-        count = len(self._value)
+        likelihood, count = self._likelihood(), len(self._value)
         distance = (np.arange(count) - layer - 1) % count + 1
-        rate = np.maximum(self._rate, LEAST_RATE)
-        return (distance[:, None] + (1 - self._value) * count / rate)[table]
+        rate = np.maximum(self._rate, LEAST_RATE * self.prior)
+        return (distance[:, None] + (1 - likelihood) * count / rate)[table]
+
+    def _likelihood(self) -> np.ndarray:
+        """Of use at the layer's next turn, float32 [L, E]: as predicted, or as the text lets expect."""
+        self._look_back()
+        return np.where(self._said[:, None], self._value, self._chance[self._turn, self._layers])

@@ -14,6 +14,7 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.offload.history import Expect
 from moe_jax.offload.inline import InlineLoader
 from moe_jax.offload.loader import Loader
 from moe_jax.offload.outlook import Outlook
@@ -82,6 +83,7 @@ class OffloadedExperts:
         per_layer: bool = False,
         threads: int = 1,
         quota_bytes: int = 0,
+        expect: Expect | None = None,
     ):
         """
         Args:
@@ -94,6 +96,7 @@ class OffloadedExperts:
           per_layer: every layer gets an equal share of the budget; otherwise they compete for all of it.
           threads: that move experts, in mode "thread".
           quota_bytes: speculative bytes in flight at most, in mode "inline"; one expert is always allowed.
+          expect: how often experts will be used, given how often they were; see `History`.
 
         Raises:
           UserError: the budget is too small.
@@ -104,7 +107,7 @@ class OffloadedExperts:
         self._keys = [(layer, expert) for layer in range(a.num_moe_layers) for expert in range(a.num_experts)]
         share = budget_bytes // bank.expert_bytes // a.num_moe_layers if per_layer else 0
         store = ArrayStore(budget_bytes, bank.expert_bytes, policy or LRU(), (a.num_moe_layers, a.num_experts), share)
-        outlook = Outlook(a.num_moe_layers, a.num_experts, a.top_k)
+        outlook = Outlook(a.num_moe_layers, a.num_experts, a.top_k, expect)
         options = {"link_gbps": link_gbps, "delay": delay}
         self._loader: Loader = (
             ThreadLoader(bank, store, outlook, threads=threads, **options)

@@ -99,3 +99,11 @@ def print_scores(scores: Mapping[str, Scores], spec: Spec) -> None:
         marks = ["*" if layer + h >= spec.num_layers else " " for h in chosen]
         layers.add_row(str(layer), *(cell + mark for cell, mark in zip(cells, marks, strict=True)))
     console.print(layers)
+
+
+def later_use(network: float | None, averages: float | None, kept: bool) -> str:
+    """A line on the network of later use: its loss on the validation texts, and that without it, nats per expert."""
+    if network is None or averages is None:
+        return "later use of an expert: the validation texts are too short to tell; the network is not kept"
+    what = f"later use of an expert: {network:.4f} nats on the validation texts, by recent use alone {averages:.4f}"
+    return what if kept else f"{what}; the network is not kept"

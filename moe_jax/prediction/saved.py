@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from moe_jax.checkpoint.bank_file import write_durably
 from moe_jax.errors import UserError
 from moe_jax.outputs import room
-from moe_jax.prediction import calibration, recall_file
+from moe_jax.prediction import calibration, recall_file, usage
 from moe_jax.prediction.interface import Spec
 
 SCHEMA = 6
@@ -40,7 +40,7 @@ def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str,
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     # The card first, so that a folder that was half written is no predictor; what was measured is of earlier weights.
-    for name in (CARD, calibration.FILE, recall_file.FILE):
+    for name in (CARD, calibration.FILE, recall_file.FILE, usage.FILE):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "weights", ignore_errors=True)
     small = jax.tree.map(_half, weights | {"network": _pack(weights["network"])})

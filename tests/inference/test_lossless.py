@@ -23,7 +23,8 @@ from moe_jax.offload.bank import HostBank
 from moe_jax.offload.disk import DiskBank
 from moe_jax.offload.policies import LFU, LRU, LeastStale, Predicted
 from moe_jax.offload.source import OffloadedExperts
-from moe_jax.prediction import predictors
+from moe_jax.prediction import predictors, usage
+from moe_jax.prediction.interface import Spec, fingerprint
 from tests.prediction.tiny_predictor import write_predictor
 from tests.tiny import TINY, write_tiny
 
@@ -42,6 +43,8 @@ class Setting:
         self.bank = HostBank(self.checkpoint)
         convert(self.checkpoint, bank := directory.parent / f"{directory.name}-bank")
         self.converted = Converted(bank)
+        identity = fingerprint(a, self.checkpoint.dense())
+        self.usage = usage.stored(predictor_directory, Spec.of(a, 1), identity)
         self.smallest = a.top_k * self.bank.expert_bytes
         # Engines are kept, so that each predictor is compiled once.
         self.engines = {
@@ -63,7 +66,9 @@ class Setting:
             bank, how, threads = DiskBank(self.converted, slice_bytes=4096), "thread", rng.choice([1, 2, 3])
         budget = budget // self.bank.expert_bytes * bank.expert_bytes
         policy = rng.choice([LRU, LFU, LeastStale, Predicted])()
-        source = OffloadedExperts(bank, self.a, budget, policy=policy, mode=how, delay=delay, threads=threads)
+        source = OffloadedExperts(
+            bank, self.a, budget, policy=policy, mode=how, delay=delay, threads=threads, expect=self.usage
+        )
         engine.source = source
         return engine, source
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.offload import history
-from moe_jax.offload.history import ALIKE, FADING, FOLLOWING, NEAREST, RECENT, SHARE, SHARPNESS, History
+from moe_jax.offload.history import ALIKE, CROWDED, FADING, FOLLOWING, NEAREST, SCALES, SHARE, SHARPNESS, YOUNG, History
 
 L, E, K = 3, 8, 2
 
@@ -44,18 +44,21 @@ def plain(tokens):
     """The definition, one place after another: `Chances` of the tokens [N, L, K] that are remembered."""
     recent = np.full((L, E), K / E)
     sets = [{(layer, e) for layer in range(L) for e in token[layer].tolist()} for token in tokens]
-    for used in sets:
-        recent *= 1 - 1 / RECENT
+    for age, used in enumerate(sets):
+        share = 1 / min(SCALES[1], age + YOUNG)
+        recent *= 1 - share
         for key in used:
-            recent[key] += 1 / RECENT
+            recent[key] += share
     usual = SHARE * recent + (1 - SHARE) * recent.mean(1, keepdims=True)
     last = len(sets) - 1
     if last < 3:
         return usual, usual, usual
-    likeness = {
-        s: (len(sets[s] & sets[last]) + len(sets[s - 1] & sets[last - 1])) / (len(sets[last]) + len(sets[last - 1]))
-        for s in range(1, last)
-    }
+    likeness = {}
+    for s in range(1, last):
+        shared = len(sets[s] & sets[last]) + len(sets[s - 1] & sets[last - 1])
+        sizes = [len(sets[s]) + len(sets[s - 1]), len(sets[last]) + len(sets[last - 1])]
+        chance = min(sizes) / (2 * L * E)
+        likeness[s] = (shared / max(sizes) - chance) / (1 - chance)
     places = sorted(likeness, key=lambda s: -np.exp(np.float32(SHARPNESS) * np.float32(likeness[s] - ALIKE)))[:NEAREST]
     weights = {s: np.exp(SHARPNESS * (likeness[s] - ALIKE)) for s in places}
     total = 1 + sum(weights.values())
@@ -135,11 +138,9 @@ def test_what_was_interrupted_is_forgotten():
     token = tokens_of([2])[0]
     broken.add(0, token[0].tolist())
     broken.add(1, [6, 7])
-    broken._recent[:] = whole._recent  # uses that were counted stay counted
     add(broken, token)
     add(whole, token)
-    np.testing.assert_allclose(broken.chances().first[2], whole.chances().first[2])
-    np.testing.assert_array_equal(broken._uses, whole._uses)
+    np.testing.assert_array_equal(broken.chances(), whole.chances())
     half = np.ones((9, E), bool)
     broken.add_prompt(0, half)
     add(broken, token)
@@ -158,3 +159,84 @@ def test_a_layer_that_comes_first_begins_a_token(monkeypatch):
     h.add(1, [0, 1])  # the memory is full, and nothing runs
     add(h, tokens_of([1])[0])
     np.testing.assert_array_equal(top(h.chances().first), np.sort(tokens_of([2])[0]))
+
+
+def test_averages_reach_back_over_their_scales():
+    seen = []
+    h = History(L, E, K / E, lambda averages: seen.append(averages.copy()) or averages[0])
+    rng, expected = np.random.default_rng(2), np.full((len(SCALES), L, E), K / E)
+    for age in range(150):
+        token = np.array([rng.permutation(E)[:K] for _ in range(L)])
+        add(h, token) if age % 3 else add_prompt(h, [token])
+        used = np.zeros((L, E))
+        np.put_along_axis(used, token, 1, 1)
+        for scale, average in zip(SCALES, expected, strict=True):
+            average += (used - average) / min(scale, age + YOUNG)
+    np.testing.assert_array_equal(h.usual(), seen[-1][0])
+    np.testing.assert_allclose(seen[-1], expected, atol=1e-6)
+
+
+def test_one_text_asks_the_network_and_many_at_once_do_not():
+    h = History(L, E, K / E, lambda averages: np.full((L, E), 0.7))
+    for used, tokens, asked in ((K, 50, True), (int(CROWDED * K) + 1, 50, False), (K, 20, False), (K, 200, True)):
+        for _ in range(tokens):
+            for layer in range(L):
+                h.add(layer, [*range(used)])
+        assert (h.usual() == 0.7).all() == asked
+
+
+def random_tokens(count, used, seed=0):
+    rng = np.random.default_rng(seed)
+    return [[rng.permutation(E)[:used] for _ in range(L)] for _ in range(count)]
+
+
+@pytest.mark.parametrize("used", [2, 10, 14, 16])
+def test_what_many_texts_at_once_share_by_chance_says_nothing(used):
+    h, rng = History(12, 16, 2 / 16), np.random.default_rng(0)
+    for _ in range(100):
+        for layer in range(12):
+            h.add(layer, rng.permutation(16)[:used].tolist())
+    assert all(np.abs(chance - h.usual()).max() < 0.05 for chance in h.chances())
+
+
+def test_after_many_texts_one_is_not_taken_for_all_of_them():
+    h = History(L, E, K / E)
+    for token in random_tokens(60, 6):
+        add(h, token)
+    for token in tokens_of([1, 2, 3, 4] * 3):
+        add(h, token)
+    np.testing.assert_array_equal(top(h.chances().first), np.sort(tokens_of([1])[0]))
+    for token in random_tokens(3, K, seed=1):
+        add(h, token)
+    assert np.abs(h.chances().first - h.usual()).max() < 0.05
+
+
+def test_a_text_whose_experts_are_all_the_same_is_certain():
+    h = History(L, K, 1.0)
+    for _ in range(9):
+        for layer in range(L):
+            h.add(layer, [*range(K)])
+    assert all(np.isfinite(chance).all() and chance.min() > 0.99 for chance in h.chances())
+
+
+@pytest.mark.parametrize("prompt", [3, 9])
+def test_what_was_interrupted_in_its_first_layer_is_forgotten_too(prompt):
+    """Between `_begin` and `_end`, as an interrupt may leave it."""
+    for tokens in (1, 5, 30):
+        h = told([0, 1, 2, 0, 1])
+        h._begin(0, tokens)
+        add_prompt(h, tokens_of([2, 0, 1, 2, 0, 1, 2, 0, 1][-prompt:]))
+        np.testing.assert_array_equal(top(h.chances().first), np.sort(tokens_of([2])[0]))
+        h._begin(0, tokens)
+        add(h, tokens_of([2])[0])
+        np.testing.assert_array_equal(top(h.chances().first), np.sort(tokens_of([0])[0]))
+
+
+def test_of_a_very_long_prompt_the_end_counts():
+    h, short = History(L, E, K / E), History(L, E, K / E)
+    tokens = tokens_of(np.random.default_rng(3).integers(0, 40, 3000))
+    add_prompt(h, tokens)
+    for token in tokens:
+        add(short, token)
+    np.testing.assert_allclose(h._averages, short._averages, atol=1e-4)
+    np.testing.assert_array_equal(h._ages, short._ages)

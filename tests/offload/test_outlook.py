@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_jax.offload.history import RECENT, SHARE, History
+from moe_jax.offload.history import SHARE, YOUNG, History
 from moe_jax.offload.keys import KeySet
 from moe_jax.offload.outlook import LEAST, LEAST_RATE, TAKEN, TRUST, WRONG, Outlook
 from tests.offload.rig import E, K, L, predictions
@@ -143,7 +143,7 @@ def run(o, *experts):
 
 def test_recent_use_corrects_what_is_not_certain():
     o = outlook()
-    for _ in range(3 * RECENT):
+    for _ in range(48):
         run(o, (0, 1), (1, 2), (0, 3))
     o.offer(0, predictions({0: 1.0, 1: 0.8, 3: 0.8}, {3: 0.72, 2: 0.72}))
     assert o.likely((1, 0)) and o.likely((1, 1)) and not o.likely((1, 3))
@@ -205,16 +205,34 @@ def test_of_a_prompt_every_token_counts_and_what_is_predicted_meanwhile_is_belie
         if layer + 1 < L:
             o.offer(layer, predictions({3: 0.8}))
             assert o._value[layer + 1, 3] == pytest.approx(0.8)
-            rates = np.maximum(h.usual()[0, [1, 2, 3]], LEAST_RATE)
-            np.testing.assert_allclose(
-                o.expected(layer, table((0, 1), (0, 2), (0, 3))), L - layer + (1 - K / E) * L / rates, rtol=1e-5
-            )
-    _, _, later = h.chances()
-    np.testing.assert_allclose(
-        o.expected(L - 1, table((0, 2), (0, 3))),
-        1 + (1 - K / E) * L / np.maximum(later[0, [2, 3]], LEAST_RATE),
-        rtol=1e-5,
-    )
+            rates = h.usual()[0, [1, 2, 3]]
+            waits = L - layer + (1 - rates) * L / np.maximum(rates, LEAST_RATE * K / E)
+            np.testing.assert_allclose(o.expected(layer, table((0, 1), (0, 2), (0, 3))), waits, rtol=1e-5)
+    first, _, later = (np.clip(chance[0, [2, 3]], LEAST, 1) for chance in h.chances())
+    waits = 1 + (1 - first) * L / np.maximum(later, LEAST_RATE * K / E)
+    np.testing.assert_allclose(o.expected(L - 1, table((0, 2), (0, 3))), waits, rtol=1e-5)
+
+
+def test_where_nothing_is_predicted_the_text_says_what_its_next_turn_needs():
+    o, h = outlook(), History(L, E, K / E)
+    for pair in 5 * [(0, 1), (1, 2), (4, 5)]:
+        run(o, *[pair] * L)
+        for layer in range(L):
+            h.add(layer, list(pair))
+    o.passed(0, [0, 1])
+    first, second, _ = h.chances()
+    assert first[1, 0] > 0.9 > 0.1 > first[1, 2] and second[0, 2] > 0.9 > 0.1 > second[0, 0]
+    everything = np.ones((L, E), bool)
+    likely = ~o.below(everything, 0.9)
+    assert list(KeySet(likely)) == [(0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert o.best(0) is None and not o.any_likely() and not o.likely((1, 0))  # that alone is no reason to load
+    o.offer(0, predictions({3: 1.0, 0: 0.0}))
+    assert list(KeySet(~o.below(everything, 0.9))) == [(0, 1), (0, 2), (1, 3), (2, 0), (2, 1)]
+    o.clear()
+    assert list(KeySet(~o.below(everything, 0.9))) == list(KeySet(likely))
+    o.passed(1, [0, 1])
+    o.passed(2, [0, 1])
+    assert {(layer, e) for layer in range(L) for e in (1, 2)} == set(KeySet(~o.below(everything, 0.9)))
 
 
 def test_expected_next_use():
@@ -231,9 +249,9 @@ def test_experts_in_use_are_expected_sooner():
     o = outlook()
     for _ in range(3):
         run(o, (1, 2), (0, 1), (0, 1))
-    fade = (1 - 1 / RECENT) ** 3
-    rates = [SHARE * (fade * K / E + used * (1 - fade)) + (1 - SHARE) * K / E for used in (1, 0)]
-    waits = [2 + (1 - K / E) * L / rate for rate in rates]
+    left = np.prod([1 - 1 / (YOUNG + age) for age in range(3)])
+    rates = [SHARE * (left * K / E + used * (1 - left)) + (1 - SHARE) * K / E for used in (1, 0)]
+    waits = [2 + (1 - rate) * L / rate for rate in rates]
     np.testing.assert_allclose(o.expected(1, table((0, 1), (0, 3))), waits, rtol=1e-5)
 
 
@@ -241,7 +259,7 @@ def test_what_is_never_used_is_expected_at_last_after_a_while():
     o = outlook()
     for _ in range(200):
         run(o, (1, 2), (1, 2), (1, 2))
-    assert o.expected(0, table((1, 3))) == pytest.approx([1 + (1 - K / E) * L / LEAST_RATE])
+    assert o.expected(0, table((1, 3))) == pytest.approx([1 + (1 - LEAST) * L / (LEAST_RATE * K / E)])
 
 
 def test_offered_arrays_are_not_aliased():
@@ -250,3 +268,34 @@ def test_offered_arrays_are_not_aliased():
     o.offer(0, table)
     table[:] = np.nan
     assert o.best(0) == ((1, 1), pytest.approx(0.9))
+
+
+def test_where_experts_are_many_rare_ones_are_told_from_the_average():
+    o = Outlook(L, 64, 1)  # an average expert is used by one token in 64
+    for t in range(150):
+        for layer in range(L):
+            o.passed(layer, [t % 16])
+    often, never = o.expected(0, np.isin(np.arange(64), [3, 60]) & (np.arange(L) == 1)[:, None])
+    assert 2 * often < never
+
+
+def test_a_network_says_what_leaves():
+    for favourite in (4, 5):
+        o = Outlook(L, E, K, lambda averages, e=favourite: np.where(np.arange(E) == e, 0.9, 0.1) + np.zeros((L, 1)))
+        for pair in [(0, 1), (2, 3), (1, 2), (0, 3), (0, 2)]:
+            run(o, pair, pair, pair)
+        assert o.expected(L - 1, table((1, 4), (1, 5))).argmin() == favourite - 4
+        used = np.zeros((9, E), bool)
+        used[:, :2] = True
+        o.passed(0, [0, 1], used)
+        assert o.expected(0, table((1, 4), (1, 5))).argmin() == favourite - 4  # while a prompt runs
+
+
+def test_a_token_that_was_interrupted_leaves_no_turn_behind():
+    o = outlook()
+    for pair in 5 * [(0, 1), (1, 2), (4, 5)]:
+        run(o, *[pair] * L)
+    o.passed(0, [0, 1])
+    o.passed(1, [0, 1])
+    o.passed(0, [0, 1])  # something else begins
+    assert list(KeySet(~o.below(np.ones((L, E), bool), 0.9)))[2:] == [(1, 0), (1, 1), (2, 0), (2, 1)]

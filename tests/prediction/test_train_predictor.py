@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,9 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     assert [x["step"] for x in curve if "loss" in x] == list(range(1, STEPS + 1))
     assert [x["step"] for x in curve if "validation_recall" in x] == list(range(0, STEPS + 1, 10))
     assert 3000 < scores["train_tokens"] <= 5000
+    later_use = scores["later_use_nats_per_expert"]
+    assert 0 < later_use["network"] < later_use["averages"]
+    assert f"later use of an expert: {later_use['network']:.4f} nats" in whole.stdout
     assert "log: " in whole.stderr and " GB free in " in whole.stderr
     again = run(place, "scored", f"--score={place}/whole/predictor", f"--output_json={place}/again.json")
     assert again.returncode == 0, again.stderr
@@ -115,6 +119,8 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     resumed = run(place, "killed")
     assert resumed.returncode == 0, resumed.stderr
     assert weights(place / "killed") == weights(place / "whole")
+    later_use = [place / run / "predictor" / "usage.safetensors" for run in ("whole", "killed")]
+    assert later_use[0].read_bytes() == later_use[1].read_bytes()
 
 
 def test_in_bfloat16_from_a_full_disk_to_a_predictor_that_the_engine_takes(place):
@@ -136,6 +142,8 @@ def test_in_bfloat16_from_a_full_disk_to_a_predictor_that_the_engine_takes(place
     assert other.returncode == 2 and "holds a fit of other settings" in other.stderr.splitlines()[-1]
     trained = {"predictor": "learned", "checkpoint": str(place / "half" / "predictor"), "horizon": 3}
     model = moe_jax.load(checkpoint=str(place / "model"), dtype="bfloat16", prefetch=trained)
+    source: Any = model.engine.source
+    assert model.usage is not None and source._loader._outlook._history._expect is model.usage
     generation = model.start(["def fit("], 8)
     assert all(piece is not None for _, piece in generation)
     assert model.metrics(generation)["recall"] is not None

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 
 from moe_jax.checkpoint.hf import HFCheckpoint
-from moe_jax.prediction import saved
+from moe_jax.offload.history import SCALES
+from moe_jax.prediction import saved, usage
 from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
 from moe_jax.prediction.learned import Learned
+from moe_jax.prediction.usage import Usage
 
 
 def write_predictor(directory: Path, checkpoint: HFCheckpoint, horizon: int) -> Path:
@@ -25,5 +27,11 @@ def write_predictor(directory: Path, checkpoint: HFCheckpoint, horizon: int) -> 
     sizes = (spec.num_layers, spec.num_experts, spec.d_model)
     weights = {"network": params["network"], "vectors": jax.random.normal(next(keys), sizes)}
     weights["best"] = jax.random.randint(next(keys), (spec.num_layers + 1, spec.horizon), 0, 4)
-    saved.save(directory, weights, spec, fingerprint(checkpoint.architecture, checkpoint.dense()), {})
+    identity = fingerprint(checkpoint.architecture, checkpoint.dense())
+    saved.save(directory, weights, spec, identity, {})
+    rng, experts = np.random.default_rng(2), spec.num_layers * spec.num_experts
+    scales = len(SCALES)
+    shapes = {"bias": (experts,), "own": (scales, experts), "enter": (scales * experts, 4), "enter_bias": (4,)}
+    shapes["leave"] = (4, experts)
+    usage.store(directory, identity, Usage(**{name: rng.normal(size=shape) for name, shape in shapes.items()}))
     return directory

@@ -9,6 +9,7 @@ token, on the host, and does not see the text.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def store(directory: str | Path, model: str, usage: Usage) -> None:
     file = Path(directory) / FILE
     tensors = {name: np.asarray(x, np.float16) for name, x in usage._asdict().items()}
     with room(file, resumes=True):
-        write_durably(file, safetensors.numpy.save(tensors, {"model": model, "reads": _reads()}))
+        write_durably(file, safetensors.numpy.save(tensors, {"about": json.dumps({"model": model, "reads": _reads()})}))
 
 
 def there(directory: str | Path) -> bool:
@@ -77,13 +78,13 @@ def stored(directory: str | Path, spec: Spec, model: str) -> Usage:
     fix = "train the predictor again, or delete it"
     try:
         with safetensors.safe_open(file, "numpy") as opened:
-            about = opened.metadata() or {}
+            about = json.loads((opened.metadata() or {}).get("about", "{}"))
             if about.get("model") != model:
                 raise UserError(f"{file} is of another model; choose another --config.prefetch.checkpoint")
             if about.get("reads") != _reads():
                 raise UserError(f"{file} is of another version; {fix}")
             usage = Usage(*(opened.get_tensor(name).astype(np.float32) for name in Usage._fields))
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{file} is damaged ({error}); {fix}") from None
     (scales, count), hidden = np.shape(usage.own), np.shape(usage.leave)[0]
     wanted = ((count,), (scales, count), (scales * count, hidden), (hidden,), (hidden, count))

@@ -62,6 +62,24 @@ def test_products_of_one_row_share_nothing_in_memory(dtype):
     assert memory is not None and memory.temp_size_in_bytes < 2048 * 1024
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_what_a_row_is_computed_by_is_computed_once(dtype):
+    """And not again for every output: a sum that takes it along doubles the time of an expert."""
+    x, weight = jax.ShapeDtypeStruct((1, 8192), jnp.float32), jax.ShapeDtypeStruct((64, 8192), dtype)
+    compiled = jax.jit(lambda x, w: product(jax.nn.silu(x), w)).lower(x, weight).compile().as_text()
+    assert compiled is not None
+    computations = compiled.split("\n\n")
+    of_row = [text for text in computations if "exponential(" in text]
+    sums = [text for text in computations if " reduce(" in text]
+    assert of_row and sums and not set(of_row) & set(sums)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38, -3e38, 1e-30, 0.0])
+def test_a_row_keeps_its_values(value):
+    got = jax.jit(product)(jnp.full((1, 1), value, jnp.float32), jnp.ones((1, 1), jnp.bfloat16))
+    np.testing.assert_array_equal(got, np.float32(value))
+
+
 def test_an_accelerator_gets_one_plain_product():
     x, weight = jax.ShapeDtypeStruct((2, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((2048, 1024), jnp.bfloat16)
     text = jax.jit(product).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()

@@ -33,7 +33,7 @@ def packed_spec(out: int, inputs: int) -> Packed:
 
 
 def pack(matrix: np.ndarray, into: Packed) -> None:
-    """Packs a bfloat16 `[out, inputs]` into arrays of its `packed_spec`.
+    """Packs a bfloat16 `[out, inputs]` into arrays of its `packed_spec`; what a list leaves unused is its end.
 
     Raises:
       ValueError: a weight is NaN or infinite, or the exponents are spread too widely.

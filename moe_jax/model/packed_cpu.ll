@@ -1,7 +1,8 @@
 ; Rows times the transpose of a packed matrix (packed.py), widened in registers: see packed_cpu.py.
 ;
 ;   operands  x float32 [R, 2 h], values uint8 [out, 2 h], exponents uint8 [out, h], base uint8 [out],
-;             listed bfloat16 [chunks, L], places int32 [chunks, L, 2], first int32 [1];  h is at least 16
+;             listed bfloat16 [chunks, L], places int32 [chunks, L, 2], first int32 [1];  h is at least 16, all others at least 1,
+;             out a multiple of chunks, and a list ends with its first zero
 ;   result    y float32 [R, n]: outputs first to first + n - 1
 ;
 ; Structures and constants are those of XLA's xla/ffi/api/c_api.h, version 0.3. Columns i and h + i share a byte of
@@ -14,7 +15,7 @@
 %CallFrame = type { i64, ptr, ptr, ptr, i32, %Buffers, %Buffers }  ; ..., extension, api, context, stage, args, results
 
 declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
-declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)
 
 define private ptr @buffer(ptr %buffers, i64 %index) alwaysinline {
   %all_at = getelementptr %Buffers, ptr %buffers, i32 0, i32 4
@@ -58,10 +59,10 @@ define private <16 x float> @add(<16 x float> %sum, ptr %values, <16 x i32> %cod
   %exponent = select <16 x i1> %coded, <16 x i32> %above, <16 x i32> zeroinitializer
   %in_place = shl <16 x i32> %exponent, splat (i32 23)
   %bits = or <16 x i32> %sign_mantissa, %in_place
-  %all = bitcast <16 x i32> %bits to <16 x float>
-  %weights = select <16 x i1> %counts, <16 x float> %all, <16 x float> zeroinitializer
+  %weights = bitcast <16 x i32> %bits to <16 x float>
   %x16 = load <16 x float>, ptr %x, align 4
-  %next = call <16 x float> @llvm.fma.v16f32(<16 x float> %weights, <16 x float> %x16, <16 x float> %sum)
+  %more = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %weights, <16 x float> %x16, <16 x float> %sum)
+  %next = select <16 x i1> %counts, <16 x float> %more, <16 x float> %sum
   ret <16 x float> %next
 }
 
@@ -231,7 +232,9 @@ placed:
   %column = zext i32 %column32 to i64
   %of_all = add i64 %skip_outputs, %place_output
   %of_these = sub i64 %of_all, %first
-  %is_here = icmp ult i64 %of_these, %n
+  %of_part = icmp ult i64 %of_these, %n
+  %of_row = icmp ult i64 %column, %width
+  %is_here = and i1 %of_part, %of_row
   br i1 %is_here, label %listed_row, label %entry_done
 
 listed_row:

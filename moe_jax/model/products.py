@@ -41,7 +41,8 @@ def _on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.concatenate([jax.lax.optimization_barrier(_row(row, weight)) for row in jnp.split(x, rows)])
     if rows == 1:
         # Sums of products go to YNNPACK, which widens in registers. It takes along what x is computed by, and computes
-        # that again for every output, unless it ends with something unknown to it: a clamp, here to all there is.
+        # that again for every output, unless the last operation is one that it does not know: a clamp, here to all
+        # there is.
         # Behind a barrier with the weight, x is nothing that products share: what they share is first repeated in
         # memory, once for every output.
         infinite = jnp.array(jnp.inf, x.dtype)

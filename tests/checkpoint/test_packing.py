@@ -30,6 +30,8 @@ def normal(out: int, inputs: int, seed: int = 0) -> np.ndarray:
 def assert_same_bits(matrix: np.ndarray) -> None:
     w = packed(matrix)
     assert not w.places[w.listed == 0].any()  # the same bytes every time
+    used = w.listed != 0
+    assert (np.argmin(used, axis=1) == used.sum(1)).all()  # a loop stops at the first zero
     got = unpack(w)
     inputs = matrix.shape[1]
     np.testing.assert_array_equal(got[:, :inputs].view(np.uint16), matrix.view(np.uint16))

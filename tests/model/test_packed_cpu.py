@@ -1,5 +1,7 @@
 """The loop that multiplies with packed matrices on a CPU: however outputs are shared out, the bits are the same."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -50,27 +52,41 @@ def test_is_the_product_with_the_plain_matrix(out, inputs, rows, parts, chunk, l
     rng = np.random.default_rng(seed)
     plain = (rng.normal(size=(out, inputs)) * np.exp2(rng.integers(-9, 9, (out, 1)))).astype(ml_dtypes.bfloat16)
     plain[rng.integers(out), ::2] = 0
-    for output, column in listed:
-        plain[output % out, column % inputs] = 2.0**30 * (1 + column)
+    for (output, column), exponent in zip(listed, itertools.cycle([30, -30])):
+        plain[output % out, column % inputs] = (-1) ** column * 2.0**exponent * (1 + column)
     x = rng.normal(size=(rows, inputs)).astype(np.float32)
     w = packed(plain, chunk)
     got = product(x, w, parts)
     close(got, x, plain)
     np.testing.assert_array_equal(got, product(x, w, 1))
-    np.testing.assert_array_equal(got[-1:], product(x[-1:], w, parts))
+    np.testing.assert_array_equal(got, np.concatenate([product(row[None], w, parts) for row in x]))
+    columns = np.append(rng.integers(0, inputs, 9), [column % inputs for _, column in listed]).astype(int)
+    for column in columns:  # each weight by itself: its very bits
+        alone = np.eye(inputs, dtype=np.float32)[[column]]
+        np.testing.assert_array_equal(product(alone, w, parts)[0], plain[:, column].astype(np.float32))
 
 
-def test_as_many_parts_as_threads_need():
+def test_many_threads_give_the_same_bits():
     """A matrix of the size of a real one, in a jitted function, beside another."""
     rng = np.random.default_rng(0)
     plain = rng.normal(size=(2, 3000, 401)).astype(ml_dtypes.bfloat16)
     x = rng.normal(size=(1, 401)).astype(np.float32)
     both = jax.jit(lambda x, a, b: (packed_cpu.product(x, a), packed_cpu.product(x, b)))
-    assert plain[0].size >= packed_cpu._LARGE
-    lowered = both.lower(x, packed(plain[0]), packed(plain[1])).as_text()
-    assert lowered.count("custom_call @moe_jax_packed_product") == 2 * packed_cpu._PARTS > 16
-    for got, matrix in zip(both(x, packed(plain[0]), packed(plain[1])), plain, strict=True):
-        close(np.asarray(got), x, matrix)
+    weights = [packed(matrix) for matrix in plain]
+    calls = both.lower(x, *weights).as_text().count("custom_call @moe_jax_packed_product")
+    assert calls == 2 * packed_cpu._PARTS
+    for _ in range(20):
+        for got, matrix, w in zip(both(x, *weights), plain, weights, strict=True):
+            close(np.asarray(got), x, matrix)
+            np.testing.assert_array_equal(got, product(x, w, 1))
+
+
+def test_what_is_not_finite_stays_in_its_columns():
+    """17 columns of each half: 15 of the last 16 have been counted already."""
+    plain = np.ones((2, 34), ml_dtypes.bfloat16)
+    x = np.zeros((1, 34), np.float32)
+    x[0, 5] = np.inf
+    np.testing.assert_array_equal(product(x, packed(plain), 1), np.full((1, 2), np.inf))
 
 
 @pytest.mark.parametrize("rows, inputs, suits", [(4, 31, True), (5, 31, False), (1, 30, False)])

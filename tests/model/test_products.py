@@ -74,10 +74,12 @@ def test_what_a_row_is_computed_by_is_computed_once(dtype):
     assert of_row and sums and not set(of_row) & set(sums)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38, -3e38, 1e-30, 0.0])
-def test_a_row_keeps_its_values(value):
-    got = jax.jit(product)(jnp.full((1, 1), value, jnp.float32), jnp.ones((1, 1), jnp.bfloat16))
-    np.testing.assert_array_equal(got, np.float32(value))
+def test_a_row_keeps_its_values(value, dtype):
+    x = jnp.asarray([[1.0, value, 0.0]], dtype)
+    got = jax.jit(product)(x, jnp.ones((2, 3), jnp.bfloat16))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.full((1, 2), 1 + x[0, 1], np.float32))
 
 
 def test_an_accelerator_gets_one_plain_product():

@@ -28,7 +28,7 @@ class Mutant(NamedTuple):
 
 LOSSLESS, ENGINE = "tests/inference/test_lossless.py", "tests/inference/test_engine.py"
 OFFLOAD = "tests/offload/test_history.py tests/offload/test_outlook.py tests/offload/test_loader.py"
-PACKED = "tests/model/test_packed_cpu.py"
+CPU = "tests/model/test_cpu.py"
 AHEAD_OF_TIME = "tests/aot"  # needs its dependency group: python tests/aot/compilers.py
 MUTANTS = {
     "listed weights of a packed matrix go to the first chunk": Mutant(
@@ -40,18 +40,22 @@ MUTANTS = {
         "tests/model/test_quantized.py",
     ),
     "the last columns of a packed matrix count twice": Mutant(
-        "moe_jax/model/packed_cpu.ll", {"icmp uge <16 x i32> %lanes": "icmp uge <16 x i32> %counted16"}, PACKED
+        "moe_jax/model/cpu_packed.ll", {"icmp uge <16 x i32> %lanes": "icmp uge <16 x i32> %counted16"}, CPU
     ),
     "lists of a packed matrix end with the first chunk": Mutant(
-        "moe_jax/model/packed_cpu.ll",
-        {"icmp ult i64 %next_outputs, %end": "icmp ult i64 %next_outputs, %first"},
-        PACKED,
+        "moe_jax/model/cpu_packed.ll", {"icmp ult i64 %next_outputs, %end": "icmp ult i64 %next_outputs, %first"}, CPU
     ),
     "listed weights of a packed matrix multiply the first row": Mutant(
-        "moe_jax/model/packed_cpu.ll", {"%skip_x_row = mul i64 %q, %width": "%skip_x_row = mul i64 0, %width"}, PACKED
+        "moe_jax/model/cpu_packed.ll", {"%skip_x_row = mul i64 %q, %width": "%skip_x_row = mul i64 0, %width"}, CPU
     ),
-    "one row's activation is computed again for every output": Mutant(
-        "moe_jax/model/products.py", {"jax.lax.clamp(-infinite, x, infinite)": "x"}, "tests/model/test_products.py"
+    "the last columns of a plain matrix are left out": Mutant(
+        "moe_jax/model/cpu_plain.ll", {"icmp ult i64 %k, %width": "icmp ult i64 %k, %whole"}, CPU
+    ),
+    "a product does not wait for the blocks of other threads": Mutant(
+        "moe_jax/model/cpu_shared.ll", {"icmp eq i64 %done, %blocks": "icmp uge i64 %done, 1"}, CPU
+    ),
+    "jobs are never freed": Mutant(
+        "moe_jax/model/cpu_shared.ll", {"icmp eq i64 %here, 1": "icmp eq i64 %here, 0"}, CPU
     ),
     "packing drops the mantissa of subnormal weights": Mutant(
         "moe_jax/checkpoint/packing.py",

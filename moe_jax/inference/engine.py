@@ -52,7 +52,7 @@ class DecodeState:
 
     @property
     def capacity(self) -> int:
-        return self.kv[0][0].shape[1]
+        return self.kv[0][0].shape[2]
 
 
 @dataclasses.dataclass

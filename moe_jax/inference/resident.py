@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
-from moe_jax.memory import empty
+from moe_jax.memory import together
 from moe_jax.model.decoder import committed
 from moe_jax.model.experts import ExpertWeights, widened
 
@@ -21,10 +21,13 @@ class ResidentExperts:
     def __init__(self, checkpoint: HFCheckpoint | Converted, widen: Any = None):
         """`widen`: a dtype that experts take when they are loaded; None: they keep the checkpoint's."""
         a = checkpoint.architecture
-        load = lambda *key: committed(
-            checkpoint.expert(*key) if widen is None else jax.tree.map(_copy, widened(checkpoint.expert(*key), widen))
-        )
-        self._experts = [[load(layer, e) for e in range(a.num_experts)] for layer in range(a.num_moe_layers)]
+
+        def layer(index: int) -> list[ExpertWeights]:
+            experts = [checkpoint.expert(index, e) for e in range(a.num_experts)]
+            parts, tree = jax.tree.flatten(experts if widen is None else [widened(w, widen) for w in experts])
+            return jax.tree.unflatten(tree, committed(together(parts, [part.dtype for part in parts])))
+
+        self._experts = [layer(index) for index in range(a.num_moe_layers)]
 
     def begin_token(self, token: int) -> None:
         pass
@@ -47,9 +50,3 @@ class ResidentExperts:
 
     def close(self) -> None:
         pass
-
-
-def _copy(x: np.ndarray) -> np.ndarray:
-    result = empty(x.shape, x.dtype)
-    result[...] = x
-    return result

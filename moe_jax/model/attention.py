@@ -20,7 +20,7 @@ def attend(
     """Grouped-query attention.
 
     Args:
-      q: [B, T, N, H]; k: [B, S, G, H]; v: [B, S, G, Hv].
+      q: [B, T, N, H]; k: [B, G, S, H]; v: [B, G, S, Hv].
       mask: bool [B or 1, T, S].
       scale: of the scores.
       sinks: [N], a logit of each head that takes its share of the softmax and adds nothing.
@@ -29,9 +29,9 @@ def attend(
       [B, T, N, Hv].
     """
     B, T, N, H = q.shape
-    G = k.shape[2]
+    G = k.shape[1]
     q = q.reshape(B, T, G, N // G, H)
-    scores = jnp.einsum("btgmh,bsgh->bgmts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("btgmh,bgsh->bgmts", q, k, preferred_element_type=jnp.float32) * scale
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     if sinks is None:
         weights = jax.nn.softmax(scores, axis=-1)
@@ -40,7 +40,7 @@ def attend(
         highest = jnp.maximum(scores.max(-1, keepdims=True), sink)
         weights = jnp.exp(scores - highest)
         weights = weights / (weights.sum(-1, keepdims=True) + jnp.exp(sink - highest))
-    return jnp.einsum("bgmts,bsgh->btgmh", weights.astype(v.dtype), v).reshape(B, T, N, v.shape[-1])
+    return jnp.einsum("bgmts,bgsh->btgmh", weights.astype(v.dtype), v).reshape(B, T, N, v.shape[-1])
 
 
 def causal_attend(q: jax.Array, k: jax.Array, v: jax.Array, blocks: int = 4) -> jax.Array:
@@ -66,9 +66,9 @@ def causal_attend(q: jax.Array, k: jax.Array, v: jax.Array, blocks: int = 4) -> 
 
 
 def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """`new [B, T, ...]` at each row's `positions [B, T]` of `cache [B, S, ...]`; positions >= S are written nowhere."""
+    """`new [B, T, G, H]` at each row's `positions [B, T]` of `cache [B, G, S, H]`; others are written nowhere."""
     row = jnp.arange(new.shape[0])[:, None]
-    return cache.at[row, positions].set(new.astype(cache.dtype), mode="drop")
+    return cache.at[row, :, positions].set(new.astype(cache.dtype), mode="drop")
 
 
 def cache_mask(positions: jax.Array, slots: jax.Array, window: int | None) -> jax.Array:
@@ -91,7 +91,7 @@ def attend_cache(
     """`attend` of new tokens over a cache, which holds them too: each sees the slots up to its own position.
 
     Args:
-      q: [B, T, N, H]; k: [B, S, G, H]; v: [B, S, G, Hv]; slot s holds position s.
+      q: [B, T, N, H]; k: [B, G, S, H]; v: [B, G, S, Hv]; slot s holds position s.
       positions: of the new tokens, int32 [B, T].
       scale: of the scores; window: most positions that a token sees, its own included; sinks: as for `attend`.
 
@@ -100,11 +100,12 @@ def attend_cache(
     """
 
     def blocks(q, k, v, positions):
-        width = min(BLOCK if q.shape[1] > 1 else BLOCK // 2, k.shape[1])
+        # Never all of it at once: XLA then writes the cache within whatever reads it, and first copies it for each.
+        width = min(BLOCK if q.shape[1] > 1 else BLOCK // 2, max(1, k.shape[2] // 2))
         return _attend_blocks(q, k, v, positions, scale, window, sinks, width)
 
     def whole(q, k, v, positions):
-        return attend(q, k, v, cache_mask(positions, jnp.arange(k.shape[1]), window), scale, sinks)
+        return attend(q, k, v, cache_mask(positions, jnp.arange(k.shape[2]), window), scale, sinks)
 
     if q.shape[1] > 1:
         return blocks(q, k, v, positions)
@@ -117,7 +118,7 @@ def _attend_blocks(q, k, v, positions, scale, window, sinks, width):
     softmax of arXiv 1805.02867: empty capacity costs nothing, scores take a block's memory, and one executable serves
     every length. A block that a token does not see changes no bit of it."""
     B, T, N, H = q.shape
-    S, G, Hv = v.shape[1:]
+    G, S, Hv = v.shape[1:]
     # Rows of a product are a key head's query heads and tokens: [B, G, N / G * T, H].
     q = q.reshape(B, T, G, N // G, H).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, H)
     rows = q.shape[:3]
@@ -125,7 +126,7 @@ def _attend_blocks(q, k, v, positions, scale, window, sinks, width):
     def step(i, carry):
         mixed, highest, total = carry
         start = jnp.minimum(i * width, S - width)  # the last block may reach back into the one before
-        block = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1).swapaxes(1, 2)  # [B, G, width, ...]
+        block = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=2)  # [B, G, width, ...]
         slots = start + jnp.arange(width)
         mask = cache_mask(positions, slots, window) & (slots >= i * width)[None, None]
         scores = jnp.einsum("bgrh,bgsh->bgrs", q, block(k), preferred_element_type=jnp.float32) * scale
@@ -170,8 +171,8 @@ class Attention(nnx.Module):
 
     @staticmethod
     def cache_shapes(spec: GroupedQuery, batch: int, capacity: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the cached arrays: keys and values, [B, S, G, H]."""
-        return ((batch, capacity, spec.num_kv_heads, spec.head_dim),) * 2
+        """Shapes of the cached arrays: keys and values, [B, G, S, H]: what a head attends over lies together."""
+        return ((batch, spec.num_kv_heads, capacity, spec.head_dim),) * 2
 
     def project(self, x: jax.Array, rope: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D], rope [B or 1, T, 2, H / 2]: rotated q [B, T, N, H], rotated k and plain v [B, T, G, H]."""
@@ -207,7 +208,7 @@ class Attention(nnx.Module):
           x: normalised residual of the new tokens, [B, T, D].
           positions: their absolute positions, int32 [B, T]; a position >= S is written nowhere (padding).
           rope: `rope_table` for at least S positions, [>= S, 2, H / 2].
-          kv: key and value cache, each [B, S, G, H]. Slot s holds position s of its row.
+          kv: key and value cache, each [B, G, S, H]. Slot s holds position s of its row.
 
         Returns:
           Output [B, T, D] and the updated cache.

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from moe_jax.memory import together
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import run_experts
 from moe_jax.model.layers import MODULES, Decoder
@@ -22,7 +23,7 @@ from moe_jax.model.primitives import linear
 from moe_jax.model.rope import rope_table
 
 KVCache = list[tuple[jax.Array, ...]]
-"""Per layer, what its attention caches: keys and values, each [B, S, G, H], or what `cache_shapes` says."""
+"""Per layer, what its attention caches: keys and values, each [B, G, S, H], or what `cache_shapes` says."""
 
 CHUNKS = 8
 """Chunks of a prompt that are joined for the experts. Shorter prompts of several chunks are too: few executables."""
@@ -146,8 +147,8 @@ def committed(tree: Any) -> Any:
 def device_weights(dense: Any, dtype: Any) -> dict[str, Any]:
     """Dense checkpoint arrays (a pure dict of `layers.Decoder`) on the device in the compute dtype."""
 
-    def put(path, x):
-        keep = path[-1] == jax.tree_util.DictKey("correction_bias")  # float32 whatever the compute dtype: see `Router`
-        return committed(np.asarray(x).astype(np.float32 if keep else dtype))
-
-    return jax.tree_util.tree_map_with_path(put, dense)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(dense)
+    # float32 whatever the compute dtype: see `Router`
+    kept = [path[-1] == jax.tree_util.DictKey("correction_bias") for path, _ in leaves]
+    dtypes = [np.dtype(np.float32 if keep else dtype) for keep in kept]
+    return jax.tree.unflatten(tree, committed(together([np.asarray(x) for _, x in leaves], dtypes)))

@@ -41,8 +41,8 @@ class LatentAttention(nnx.Module):
 
     @staticmethod
     def cache_shapes(spec: Latent, batch: int, capacity: int) -> tuple[tuple[int, ...], ...]:
-        """Shape of the one cached array: the latent, then the rotated key, [B, S, C + P]."""
-        return ((batch, capacity, spec.kv_rank + spec.rope_dim),)
+        """Shape of the one cached array: the latent, then the rotated key, [B, 1, S, C + P]: as one head's."""
+        return ((batch, 1, capacity, spec.kv_rank + spec.rope_dim),)
 
     def project(self, x: jax.Array, rope: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D], rope [B or 1, T, 2, P / 2]: plain q [B, T, N, nope], rotated q [B, T, N, P], and what is cached
@@ -87,12 +87,11 @@ class LatentAttention(nnx.Module):
         """As `Attention.cached`; `kv` is the one array of `cache_shapes`."""
         s = self.spec
         q, q_rope, new = self.project(x, rope[positions])
-        cache = write_cache(kv[0], new, positions)
+        cache = write_cache(kv[0], new[:, :, None], positions)
         up_k, up_v = self.up()
         q = jnp.concatenate([jnp.einsum("btnh,nhc->btnc", q, up_k), q_rope], axis=-1)
         # The value is the whole cache, so that none of it is copied; what comes of the rotated keys is cut off.
-        shared = cache[:, :, None]
-        mixed = attend_cache(q, shared, shared, positions, s.score_scale, self.window)[..., : s.kv_rank]
+        mixed = attend_cache(q, cache, cache, positions, s.score_scale, self.window)[..., : s.kv_rank]
         return self.output(jnp.einsum("btnc,nhc->btnh", mixed, up_v)), (cache,)
 
 

@@ -30,7 +30,7 @@ def product(x: jax.Array, w: Packed) -> jax.Array:
 
     On a CPU it is widened to bfloat16 first, at 2 to 3 weights per nanosecond for any number of rows (2 cores); XLA
     makes nothing faster of it, be sums and widening in one loop or not, over all or over blocks that fit the cache.
-    A few rows go through packed_cpu.py instead.
+    A few rows go through cpu.py instead.
     """
     low, high = _bits(w)
     rows, h = len(low) // len(w.places), low.shape[1]
@@ -40,7 +40,7 @@ def product(x: jax.Array, w: Packed) -> jax.Array:
     high = high.at[output, jnp.where(column < h, h, column - h)].add(listed, mode="drop")
     low, high = (jax.lax.bitcast_convert_type(half, jnp.bfloat16) for half in (low, high))
     low, high = jax.lax.platform_dependent((low, high), cpu=jax.lax.optimization_barrier, default=lambda pair: pair)
-    x = padded(x, h)
+    x = padded(x, w)
     return linear(x[:, :h], low) + linear(x[:, h:], high)
 
 
@@ -56,5 +56,6 @@ def _bits(w: Packed) -> tuple[jax.Array, jax.Array]:
     return half(w.values[:, :h], w.exponents & 15), half(w.values[:, h:], w.exponents >> 4)
 
 
-def padded(x: jax.Array, h: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, 2 * h - x.shape[1])))
+def padded(x: jax.Array, w: Packed) -> jax.Array:
+    """`x [R, in]` with the columns that the matrix has been padded with."""
+    return jnp.pad(x, ((0, 0), (0, w.values.shape[1] - x.shape[1])))

@@ -1,15 +1,15 @@
 """Products of a few rows with a matrix that is stored in `[out, in]`, at the speed at which memory gives the matrix.
 
-An accelerator gets a plain `dot_general` and does the rest. XLA's CPU backend (jaxlib 0.10) does well with some forms
-only, so there the form depends on dtype and number of rows (both static: which form runs never depends on timing).
-Weights per nanosecond, 2 cores, matrices of 2304 x 576 to 28672 x 4096 that come from memory:
+An accelerator gets a plain `dot_general` and does the rest. On a CPU a token's few rows go through cpu.py. With more of
+them XLA's CPU backend (jaxlib 0.10) does well with some forms only, so there the form depends on dtype and number of
+rows (both static: which form runs never depends on timing). Weights per nanosecond, 2 cores, matrices of 2304 x 576 to
+28672 x 4096 that come from memory:
 
-| rows | float32, dot | bf16, widened, dot | bf16, multiplied and summed | bf16, x in three terms |
-|------|--------------|--------------------|-----------------------------|------------------------|
-| 1    | 5 to 9       | 0.5 to 5           | **7 to 9**                  | 6 to 7                 |
-| 8    | 1 to 3       | 0.1 to 2           | 0.2 to 1                    | **2 to 5**             |
-| 128  | 0.3 to 0.7   | 0.4                | far less                    | **0.4 to 0.5**         |
-| 512  | 0.19         | **0.14 to 0.19**   | far less                    | 0.11                   |
+| rows | float32, dot | bf16, widened, dot | bf16, x in three terms |
+|------|--------------|--------------------|------------------------|
+| 8    | 1 to 3       | 0.1 to 2           | **2 to 5**             |
+| 128  | 0.3 to 0.7   | 0.4                | **0.4 to 0.5**         |
+| 512  | 0.19         | **0.14 to 0.19**   | 0.11                   |
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.model import cpu
+
 _MOST_ROWS_IN_TERMS = 128
-_LARGE = 1 << 20  # weights
 
 
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """`x [R, in]` times `weight [out, in]` (of x's dtype, bfloat16 or int8) transposed, in x's dtype: `[R, out]`."""
-    if weight.dtype == x.dtype == jnp.float32 and len(x) > 2:
-        return _plain(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=_on_cpu, default=_plain)
 
 
@@ -37,17 +36,10 @@ def _plain(x: jax.Array, weight: jax.Array, into: Any = None) -> jax.Array:
 
 def _on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
     rows = len(x)
-    if weight.dtype == jnp.float32:  # two rows at once take longer than one after the other
-        return jnp.concatenate([jax.lax.optimization_barrier(_row(row, weight)) for row in jnp.split(x, rows)])
-    if rows == 1:
-        # Sums of products go to YNNPACK, which widens in registers. It takes along what x is computed by, and computes
-        # that again for every output, unless the last operation is one that it does not know: a clamp, here to all
-        # there is.
-        # Behind a barrier with the weight, x is nothing that products share: what they share is first repeated in
-        # memory, once for every output.
-        infinite = jnp.array(jnp.inf, x.dtype)
-        x, weight = jax.lax.optimization_barrier((jax.lax.clamp(-infinite, x, infinite), weight))
-        return jnp.sum(weight.astype(jnp.float32) * x.astype(jnp.float32), axis=1)[None].astype(x.dtype)
+    if cpu.suits(x, weight):
+        return cpu.product(x, weight)
+    if weight.dtype == jnp.float32:
+        return _plain(x, weight)
     if x.dtype == jnp.float32 and rows > _MOST_ROWS_IN_TERMS:
         return _plain(x, jax.lax.optimization_barrier(weight.astype(x.dtype)))
     if weight.dtype == jnp.int8:
@@ -57,16 +49,6 @@ def _on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
     # 24 bits of mantissa are three times 8: the products stay exact, and are summed in float32.
     y = _plain(jax.lax.optimization_barrier(jnp.concatenate(bfloat16_terms(x))), weight, jnp.float32)
     return y[:rows] + y[rows : 2 * rows] + y[2 * rows :]
-
-
-def _row(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """One float32 row. As a batch of two products, threads share a large matrix evenly, whatever its shape (2304 x 576:
-    15% faster than whole)."""
-    out, width = weight.shape
-    if out % 2 or weight.size < _LARGE:
-        return _plain(x, weight)
-    halves = jnp.broadcast_to(x, (2, 1, width)), weight.reshape(2, out // 2, width)
-    return jax.lax.dot_general(*halves, (((2,), (2,)), ((0,), (0,)))).reshape(1, out)
 
 
 def bfloat16_terms(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model import packed, packed_cpu
+from moe_jax.model import cpu, packed
 from moe_jax.model.packed import Packed
 from moe_jax.model.primitives import linear
 
@@ -74,8 +74,8 @@ def _project(x: jax.Array, weight: Any) -> jax.Array:
 
 def _in_blocks(x: jax.Array, weight: Any) -> jax.Array:
     """Blocks of outputs one after the other: what a block is widened to stays in the processor's cache."""
-    if isinstance(weight, Packed) and packed_cpu.suits(x, weight):
-        return packed_cpu.product(x, weight)
+    if isinstance(weight, Packed) and cpu.suits(x, *weight):
+        return cpu.product(packed.padded(x, weight), *weight)
     out, blocks = len(weight[0]), 1
     if not (isinstance(weight, Int8) and len(x) == 1):  # which makes no copy
         while out // blocks * x.shape[1] > _BLOCK and all(len(part) % (2 * blocks) == 0 for part in weight):

@@ -42,14 +42,15 @@ def test_blocks_give_what_whole_attention_gives(start, T, window, sinks):
     positions = np.stack([start + np.arange(T), np.maximum(start - 3, 0) + np.arange(T)]).astype(np.int32)
     after = np.arange(S) > positions.max()
     k[:, after], v[:, after] = 1e4, 1e4  # what an earlier owner left
-    got = jax.jit(attend_cache, static_argnums=5)(q, k, v, positions, 0.3, window, sink)
+    cache = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    got = jax.jit(attend_cache, static_argnums=5)(q, *cache, positions, 0.3, window, sink)
     np.testing.assert_allclose(got, written_out(q, k, v, positions, 0.3, window, sink), rtol=0, atol=2e-6)
 
 
 def test_blocks_that_nobody_sees_are_not_read():
-    q, k, v = random(B, T, N, H), random(B, 64, G, H), random(B, 64, G, H)
-    k[:, :BLOCK], k[:, 3 * BLOCK :] = np.nan, np.nan
-    v[:, :BLOCK], v[:, 3 * BLOCK :] = np.nan, np.nan
+    q, k, v = random(B, T, N, H), random(B, G, 64, H), random(B, G, 64, H)
+    k[:, :, :BLOCK], k[:, :, 3 * BLOCK :] = np.nan, np.nan
+    v[:, :, :BLOCK], v[:, :, 3 * BLOCK :] = np.nan, np.nan
     positions = np.broadcast_to(40 + np.arange(T, dtype=np.int32), (B, T))
     q, k, v, positions = (jnp.asarray(x) for x in (q, k, v, positions))
     assert np.isfinite(attend_cache(q, k, v, positions, 0.3, window=20)).all()

@@ -1,45 +1,11 @@
-; Rows times the transpose of a packed matrix (packed.py), widened in registers: see packed_cpu.py.
+; Rows times the transpose of a packed matrix (packed.py), widened in registers.
 ;
-;   operands  x float32 [R, 2 h], values uint8 [out, 2 h], exponents uint8 [out, h], base uint8 [out],
-;             listed bfloat16 [chunks, L], places int32 [chunks, L, 2], first int32 [1];  h is at least 16, all others at least 1,
-;             out a multiple of chunks, and a list ends with its first zero
-;   result    y float32 [R, n]: outputs first to first + n - 1
+;   operands  x float32 [R, 2 h], values uint8 [outputs, 2 h], exponents uint8 [outputs, h], base uint8 [outputs],
+;             listed bfloat16 [chunks, L], places int32 [chunks, L, 2];  h is at least 16, all others at least 1,
+;             outputs a multiple of chunks, and a list ends with its first zero
+;   result    float32 [R, outputs]
 ;
-; Structures and constants are those of XLA's xla/ffi/api/c_api.h, version 0.3. Columns i and h + i share a byte of
-; exponents, and are taken together, 16 of them at a time.
-
-%Extension = type { i64, i32, ptr, ptr }                      ; struct_size, type, next, metadata
-%Metadata = type { i64, { i64, ptr, i32, i32 }, i32, i64 }    ; struct_size, version (last: major, minor), traits, state
-%Buffer = type { i64, ptr, i32, ptr, i64, ptr }               ; struct_size, extension, dtype, data, rank, dims
-%Buffers = type { i64, ptr, i64, ptr, ptr }                   ; struct_size, extension, size, types, buffers
-%CallFrame = type { i64, ptr, ptr, ptr, i32, %Buffers, %Buffers }  ; ..., extension, api, context, stage, args, results
-
-declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)
-
-define private ptr @buffer(ptr %buffers, i64 %index) alwaysinline {
-  %all_at = getelementptr %Buffers, ptr %buffers, i32 0, i32 4
-  %all = load ptr, ptr %all_at
-  %buffer_at = getelementptr ptr, ptr %all, i64 %index
-  %buffer = load ptr, ptr %buffer_at
-  ret ptr %buffer
-}
-
-define private ptr @data(ptr %buffers, i64 %index) alwaysinline {
-  %buffer = call ptr @buffer(ptr %buffers, i64 %index)
-  %data_at = getelementptr %Buffer, ptr %buffer, i32 0, i32 3
-  %data = load ptr, ptr %data_at
-  ret ptr %data
-}
-
-define private i64 @dim(ptr %buffers, i64 %index, i64 %axis) alwaysinline {
-  %buffer = call ptr @buffer(ptr %buffers, i64 %index)
-  %dims_at = getelementptr %Buffer, ptr %buffer, i32 0, i32 5
-  %dims = load ptr, ptr %dims_at
-  %dim_at = getelementptr i64, ptr %dims, i64 %axis
-  %dim = load i64, ptr %dim_at
-  ret i64 %dim
-}
+; Columns i and h + i share a byte of exponents, and are taken together, 16 of them at a time.
 
 define private <16 x i32> @same(i32 %value) alwaysinline {
   %one = insertelement <16 x i32> poison, i32 %value, i32 0
@@ -66,47 +32,33 @@ define private <16 x float> @add(<16 x float> %sum, ptr %values, <16 x i32> %cod
   ret <16 x float> %next
 }
 
-define ptr @packed_product(ptr %frame) {
-  %extension_at = getelementptr %CallFrame, ptr %frame, i32 0, i32 1
-  %extension = load ptr, ptr %extension_at
-  %extended = icmp ne ptr %extension, null
-  br i1 %extended, label %which, label %start
-
-which:
-  %type_at = getelementptr %Extension, ptr %extension, i32 0, i32 1
-  %type = load i32, ptr %type_at
-  %asked = icmp eq i32 %type, 1
-  br i1 %asked, label %tell, label %start
-
-tell:  ; which version of the interface this is
-  %metadata_at = getelementptr %Extension, ptr %extension, i32 0, i32 3
-  %metadata = load ptr, ptr %metadata_at
-  %major = getelementptr %Metadata, ptr %metadata, i32 0, i32 1, i32 2
-  store i32 0, ptr %major
-  %minor = getelementptr %Metadata, ptr %metadata, i32 0, i32 1, i32 3
-  store i32 3, ptr %minor
-  ret ptr null
-
+define private void @packed_work(ptr %job, i64 %first, i64 %end) {
 start:
-  %args = getelementptr %CallFrame, ptr %frame, i32 0, i32 5
-  %results = getelementptr %CallFrame, ptr %frame, i32 0, i32 6
-  %x = call ptr @data(ptr %args, i64 0)
-  %values = call ptr @data(ptr %args, i64 1)
-  %exponents = call ptr @data(ptr %args, i64 2)
-  %bases = call ptr @data(ptr %args, i64 3)
-  %listed = call ptr @data(ptr %args, i64 4)
-  %places = call ptr @data(ptr %args, i64 5)
-  %first_at = call ptr @data(ptr %args, i64 6)
-  %y = call ptr @data(ptr %results, i64 0)
-  %rows = call i64 @dim(ptr %args, i64 0, i64 0)
-  %out = call i64 @dim(ptr %args, i64 2, i64 0)
-  %h = call i64 @dim(ptr %args, i64 2, i64 1)
-  %chunks = call i64 @dim(ptr %args, i64 4, i64 0)
-  %list_length = call i64 @dim(ptr %args, i64 4, i64 1)
-  %n = call i64 @dim(ptr %results, i64 0, i64 1)
-  %first32 = load i32, ptr %first_at
-  %first = sext i32 %first32 to i64
-  %width = shl i64 %h, 1
+  %x_at_job = getelementptr %Job, ptr %job, i32 0, i32 7
+  %x = load ptr, ptr %x_at_job
+  %y_at_job = getelementptr %Job, ptr %job, i32 0, i32 8
+  %y = load ptr, ptr %y_at_job
+  %rows_at = getelementptr %Job, ptr %job, i32 0, i32 9
+  %rows = load i64, ptr %rows_at
+  %width_at = getelementptr %Job, ptr %job, i32 0, i32 10
+  %width = load i64, ptr %width_at
+  %out_at = getelementptr %Job, ptr %job, i32 0, i32 5
+  %out = load i64, ptr %out_at
+  %values_at = getelementptr %Job, ptr %job, i32 0, i32 11, i32 0
+  %values = load ptr, ptr %values_at
+  %exponents_at = getelementptr %Job, ptr %job, i32 0, i32 11, i32 1
+  %exponents = load ptr, ptr %exponents_at
+  %bases_at = getelementptr %Job, ptr %job, i32 0, i32 11, i32 2
+  %bases = load ptr, ptr %bases_at
+  %listed_at_job = getelementptr %Job, ptr %job, i32 0, i32 11, i32 3
+  %listed = load ptr, ptr %listed_at_job
+  %places_at = getelementptr %Job, ptr %job, i32 0, i32 11, i32 4
+  %places = load ptr, ptr %places_at
+  %chunks_at = getelementptr %Job, ptr %job, i32 0, i32 12
+  %chunks = load i64, ptr %chunks_at
+  %list_length_at = getelementptr %Job, ptr %job, i32 0, i32 13
+  %list_length = load i64, ptr %list_length_at
+  %h = lshr i64 %width, 1
   %full = and i64 %h, -16
   %rest = and i64 %h, 15
   %has_rest = icmp ne i64 %rest, 0
@@ -121,8 +73,7 @@ start:
   br label %output
 
 output:
-  %o = phi i64 [0, %start], [%o_next, %output_done]
-  %at = add i64 %first, %o
+  %at = phi i64 [%first, %start], [%at_next, %output_done]
   %base_at = getelementptr i8, ptr %bases, i64 %at
   %base8 = load i8, ptr %base_at
   %base32 = zext i8 %base8 to i32
@@ -186,8 +137,8 @@ row_done:
   %high_sum = phi <16 x float> [%high_next, %columns_done], [%high_rest, %rest_columns]
   %both = fadd <16 x float> %low_sum, %high_sum
   %sum = call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, <16 x float> %both)
-  %skip_y = mul i64 %r, %n
-  %y_index = add i64 %skip_y, %o
+  %skip_y = mul i64 %r, %out
+  %y_index = add i64 %skip_y, %at
   %y_at = getelementptr float, ptr %y, i64 %y_index
   store float %sum, ptr %y_at
   %r_next = add i64 %r, 1
@@ -195,13 +146,12 @@ row_done:
   br i1 %more_rows, label %row, label %output_done
 
 output_done:
-  %o_next = add i64 %o, 1
-  %more_outputs = icmp ult i64 %o_next, %n
+  %at_next = add i64 %at, 1
+  %more_outputs = icmp ult i64 %at_next, %end
   br i1 %more_outputs, label %output, label %lists
 
 lists:  ; of the chunks that these outputs belong to
   %chunk_outputs = udiv i64 %out, %chunks
-  %end = add i64 %first, %n
   %chunk_first = udiv i64 %first, %chunk_outputs
   br label %chunk
 
@@ -231,8 +181,9 @@ placed:
   %place_output = zext i32 %place_output32 to i64
   %column = zext i32 %column32 to i64
   %of_all = add i64 %skip_outputs, %place_output
-  %of_these = sub i64 %of_all, %first
-  %of_part = icmp ult i64 %of_these, %n
+  %after_first = icmp uge i64 %of_all, %first
+  %before_end = icmp ult i64 %of_all, %end
+  %of_part = and i1 %after_first, %before_end
   %of_row = icmp ult i64 %column, %width
   %is_here = and i1 %of_part, %of_row
   br i1 %is_here, label %listed_row, label %entry_done
@@ -243,8 +194,8 @@ listed_row:
   %x_index = add i64 %skip_x_row, %column
   %x_at = getelementptr float, ptr %x, i64 %x_index
   %x_value = load float, ptr %x_at
-  %skip_y_row = mul i64 %q, %n
-  %sum_index = add i64 %skip_y_row, %of_these
+  %skip_y_row = mul i64 %q, %out
+  %sum_index = add i64 %skip_y_row, %of_all
   %sum_at = getelementptr float, ptr %y, i64 %sum_index
   %sum_before = load float, ptr %sum_at
   %term = fmul float %weight, %x_value
@@ -264,6 +215,21 @@ chunk_done:
   %next_outputs = mul i64 %c_next, %chunk_outputs
   %more_chunks = icmp ult i64 %next_outputs, %end
   br i1 %more_chunks, label %chunk, label %stop
+
+stop:
+  ret void
+}
+
+define ptr @packed_product(ptr %frame) {
+  %asked = call i1 @only_asked(ptr %frame)
+  br i1 %asked, label %stop, label %go
+
+go:
+  %args = getelementptr %CallFrame, ptr %frame, i32 0, i32 5
+  %chunks = call i64 @dim(ptr %args, i64 4, i64 0)
+  %list_length = call i64 @dim(ptr %args, i64 4, i64 1)
+  call void @product(ptr %frame, ptr @packed_work, i64 5, i64 %chunks, i64 %list_length, i64 $block)
+  br label %stop
 
 stop:
   ret ptr null

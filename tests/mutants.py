@@ -81,8 +81,8 @@ MUTANTS = {
         {
             "        groups, start = [], 0\n": "        groups, start = [], 0\n"
             "        self.arrival = np.argsort([rank[expert] for expert in needed]) if single else slice(None)\n",
-            "combine(routed.residual, outputs, gates, x)": "combine("
-            "routed.residual, outputs[self.arrival], gates[:, self.arrival], x)",
+            "Stream(routed.residual, outputs, gates)": "Stream("
+            "routed.residual, outputs[self.arrival], gates[:, self.arrival])",
         },
         LOSSLESS,
     ),

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_jax.inference.engine import DecodeState, Engine, Record
 from moe_jax.inference.grouping import arities, assign, unique_in_order
+from moe_jax.model.decoder import Stream
 from moe_jax.model.experts import ExpertWeights, Key
 
 
@@ -51,7 +52,7 @@ class Replay:
         lengths, active = self._record.lengths[step], self._record.active[step]
         positions = np.where(active, lengths, self._capacity).astype(np.int32)[:, None]
         started = time.perf_counter()
-        x = stages.embed(engine.dense, np.zeros((batch, 1), np.int32))
+        x = stages.begin(engine.dense, np.zeros(batch, np.int32))
         for index, layer in engine.numbered:
             if layer is None:
                 x = stages.dense_layer(index, engine.dense, state.rope, x, positions, state.kv)
@@ -61,7 +62,7 @@ class Replay:
             for experts, rows, slots in plan[layer]:
                 weights = tuple([self._weights_of(layer, expert) for expert in experts])
                 outputs, _ = stages.experts(outputs, routed.h, rows, slots, weights)
-            x = stages.combine(routed.residual, outputs, routed.gates, x)
+            x = Stream(routed.residual, outputs, routed.gates)
         stages.head(engine.dense, x).block_until_ready()
         return time.perf_counter() - started
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.grouping import bucket, sizes
-from moe_jax.model.decoder import CHUNKS
+from moe_jax.model.decoder import CHUNKS, Stream
 from moe_jax.model.experts import ExpertWeights
 
 
@@ -27,7 +27,8 @@ def compile_for(engine: Engine, prompt_lengths: Sequence[int], new_tokens: int, 
     rope = stages.rope(S)
     chunks = -(-max(prompt_lengths) // Tc)
     for T, decoding in ((Tc, False), (1, True)):
-        x = stages.embed(dense, np.zeros((B, T), np.int32))
+        tokens = np.zeros((B, T), np.int32)
+        x = stages.begin(dense, tokens[:, 0]) if decoding else stages.embed(dense, tokens)
         kv, positions = stages.kv_cache(B, S), np.zeros((B, T), np.int32)
         for layer in {kind: layer for layer, kind in enumerate(a.layers)}.values():  # one of each kind
             if a.layers[layer].dense_ff is None:
@@ -47,10 +48,12 @@ def compile_for(engine: Engine, prompt_lengths: Sequence[int], new_tokens: int, 
             outputs, _ = stages.experts(outputs, h, rows, slots, (example,) * shape[0])
         if not decoding and chunks > 1:
             outputs = stages.split(outputs)[0]
-        x = stages.combine(routed.residual, outputs, routed.gates, x)
-    stages.head(dense, x).block_until_ready()
+        if decoding:
+            stages.head(dense, Stream(routed.residual, outputs, routed.gates)).block_until_ready()
+        else:
+            jax.block_until_ready(stages.combine(routed.residual, outputs, routed.gates, x))
     if engine.execution is not None:
         jax.block_until_ready(engine.execution.warm_up(routed))
     if engine.forecast is not None:
-        engine.forecast.compile(B, lambda tokens: stages.embed(dense, tokens[:, None]))
+        engine.forecast.compile(B, lambda tokens: stages.begin(dense, tokens).residual)
     return time.perf_counter() - began

@@ -22,7 +22,7 @@ from moe_jax.inference.execution import Execution
 from moe_jax.inference.forecast import Forecast
 from moe_jax.inference.grouping import arities, assign, padded, power_of_two, unique_in_order, used_by_token
 from moe_jax.model.architecture import Architecture
-from moe_jax.model.decoder import CHUNKS, KVCache, Routed, Stages, committed
+from moe_jax.model.decoder import CHUNKS, KVCache, Routed, Stages, Stream, committed, still
 from moe_jax.model.experts import ExpertSource
 
 SMALL_CHUNK = 32
@@ -206,7 +206,7 @@ class Engine:
         # The last token's residual of every row, through the host: the head then is decoding's executable.
         last = np.maximum(lengths - 1, 0)
         ends = np.stack([np.asarray(x[p // Tc])[row, p % Tc] for row, p in enumerate(last.tolist())])
-        logits = stages.head(self.dense, committed(ends[:, None]))
+        logits = stages.head(self.dense, committed(still(ends, a.top_k)))
         seen = np.where(real[None, :, :, None], ids_by_layer, -1)
         if self.forecast is not None:
             state.predictor = self.forecast.state(seen)
@@ -221,12 +221,13 @@ class Engine:
         stages = self.stages
         # A row that has ended writes past its cache, that is nowhere.
         positions = jax.device_put(np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None])
-        x = stages.embed(self.dense, np.asarray(tokens)[:, None])
+        tokens = np.asarray(tokens, np.int32)
+        x = stages.begin(self.dense, tokens)
         self.source.begin_token(state.step)
         forecast, plan, said, true = self._predicting(state), None, None, []
         # `plan`: of the next layer. `said`: a prediction that has not been read: the layer it was made at, and it.
         if forecast is not None:
-            first, state.predictor = forecast.begin(state.predictor, x, np.asarray(tokens, np.int32), state.active)
+            first, state.predictor = forecast.begin(state.predictor, x.residual, tokens, state.active)
             if first is not None:
                 said, plan = (-1, first[0]), first[1]
         for index, layer in self.numbered:
@@ -244,7 +245,7 @@ class Engine:
             else:  # a planned layer is dispatched without waiting for its router
                 ids, gates = self.execution.decide(layer, routed, plan, state.memory, state.active)
             outputs = self._run_layer(layer, routed, ids, state.active)
-            x = stages.combine(routed.residual, outputs, gates, x)
+            x = Stream(routed.residual, outputs, gates)
             true.append(np.asarray(routed.ids))
             said = None
             if predicted is not None:

@@ -51,7 +51,7 @@ class Forecast:
     def begin(
         self, state: Any, embedding: jax.Array, tokens: np.ndarray, active: np.ndarray
     ) -> tuple[Said | None, Any]:
-        """What is said before layer 0, from the token alone: embedding [B, 1, D], tokens int32 [B]; and the next state.
+        """What is said before layer 0, from the token alone: embedding [B, D], tokens int32 [B]; and the next state.
 
         Nothing, where the predictor says nothing then.
         """
@@ -64,7 +64,7 @@ class Forecast:
         return self._apply(params, state, features, active)
 
     def compile(self, batch: int, embed: Callable[[np.ndarray], jax.Array]) -> None:
-        """Compiles every call for a batch size, and measures `cost_s`; `embed`: int32 [B] -> [B, 1, D]."""
+        """Compiles every call for a batch size, and measures `cost_s`; `embed`: int32 [B] -> [B, D]."""
         call = self.example(batch)
         jax.block_until_ready(call())
         self.cost_s = self.spec.num_layers * min(timeit.repeat(lambda: jax.block_until_ready(call()), number=1))
@@ -88,7 +88,7 @@ class Forecast:
 
     def _begin_fn(self, params, state, embedding, tokens, active):
         assert self.predictor.begin is not None
-        prediction, state = self.predictor.begin(params, state, embedding[:, 0], tokens)
+        prediction, state = self.predictor.begin(params, state, embedding, tokens)
         return self._said(prediction, 0, active), state
 
     def _said(self, prediction: Prediction, target: Any, active: jax.Array) -> Said:

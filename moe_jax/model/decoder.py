@@ -1,7 +1,9 @@
 """Decoder stages: pure jitted functions over plain pytrees. They know nothing of where experts live.
 
-One decode step is `embed`, then per layer either `dense_layer`, or `route`, `experts` (one or more calls) and
-`combine`, then `head`. The layer's weights are arguments, so all layers of a kind share one executable per shape.
+One decode step is `begin`, then per layer either `dense_layer`, or `route` and `experts` (one or more calls), then
+`head`. What experts gave is added up by whatever comes next: a call of its own would take longer than the sum. In a
+prefill, which keeps many chunks, `embed` comes first, and `combine` after each layer's experts. The layer's weights are
+arguments, so all layers of a kind share one executable per shape.
 """
 
 from __future__ import annotations
@@ -40,6 +42,14 @@ class Routed(NamedTuple):
     outputs: jax.Array  # [R * K, D] the slots that `experts` fills; zeros
 
 
+class Stream(NamedTuple):
+    """x of R = B tokens, of which what the latest experts gave has not been added up: see `_combined`."""
+
+    residual: jax.Array  # [R, D]
+    outputs: Any  # [R * K, D]
+    gates: Any  # [R, K] float32
+
+
 class Stages:
     """The jitted stages of one architecture in one compute dtype.
 
@@ -47,7 +57,7 @@ class Stages:
       experts: `moe_jax.model.experts.run_experts` with the model's activation. Donates the output slots.
       join: (h of CHUNKS chunks, [R, D] each) -> h [CHUNKS * R, D] and zeroed output slots for it.
       split: the output slots of joined chunks -> those of each chunk, [R * K, D].
-      combine: (Routed.residual, outputs, gates, x for its shape) -> x [B, T, D]: gates times outputs in router order.
+      combine: (Routed.residual, outputs, gates, x for its shape) -> x [B, T, D].
     """
 
     def __init__(self, a: Architecture, dtype: Any):
@@ -58,7 +68,14 @@ class Stages:
         def embed(embedding, tokens):
             return embedding[tokens]
 
+        def begin(embedding, tokens):
+            return still(embedding[tokens], a.top_k)
+
+        def entering(x, positions):
+            return _combined(*x).reshape(*positions.shape, -1) if isinstance(x, Stream) else x
+
         def attention(layer, rope, x, positions, kv):
+            x = entering(x, positions)
             attended, kv = layer.attention.cached(layer.attention_norm(x), positions, rope, kv)
             residual = (x + attended).reshape(-1, a.d_model)
             return residual, layer.expert_norm(residual), kv
@@ -66,7 +83,8 @@ class Stages:
         def dense_layer(graph, weights, rope, x, positions, kv):
             layer = nnx.merge(graph, weights)
             residual, h, kv = attention(layer, rope, x, positions, kv)
-            return (residual + layer.feed_forward(h)).reshape(x.shape), kv
+            y = residual + layer.feed_forward(h)
+            return still(y, a.top_k) if isinstance(x, Stream) else y.reshape(x.shape), kv
 
         def route(graph, weights, rope, x, positions, kv):
             layer = nnx.merge(graph, weights)
@@ -86,11 +104,11 @@ class Stages:
             return jnp.split(outputs, CHUNKS)
 
         def combine(residual, outputs, gates, x):
-            mixed = jnp.einsum("rkd,rk->rd", outputs.reshape(*gates.shape, -1), gates.astype(outputs.dtype))
-            return (residual + mixed).reshape(x.shape)
+            return _combined(residual, outputs, gates).reshape(x.shape)
 
         def head(norm, weight, x):
-            return linear(nnx.merge(norm_graph, norm)(x[:, 0]), weight).astype(jnp.float32)
+            x = _combined(*x) if isinstance(x, Stream) else x[:, 0]
+            return linear(nnx.merge(norm_graph, norm)(x), weight).astype(jnp.float32)
 
         kinds: dict[Any, Any] = {}
         for layer, kind in zip(decoder.layers, a.layers, strict=True):
@@ -101,15 +119,19 @@ class Stages:
         self.experts = jax.jit(functools.partial(run_experts, a.experts.activation), donate_argnums=0)
         self.join, self.split = jax.jit(join), jax.jit(split)
         self.combine = jax.jit(combine)
-        self._embed, self._head = jax.jit(embed), jax.jit(head)
+        self._embed, self._begin, self._head = jax.jit(embed), jax.jit(begin), jax.jit(head)
 
     def embed(self, dense: Any, tokens: Any) -> jax.Array:
         """x [B, T, D] of tokens int32 [B, T]."""
         # Only what is read is handed over: a call takes longer for every array among its arguments.
         return self._embed(dense["embedding"], tokens)
 
+    def begin(self, dense: Any, tokens: Any) -> Stream:
+        """What enters a decode step's first layer, of tokens int32 [B]."""
+        return self._begin(dense["embedding"], tokens)
+
     def head(self, dense: Any, x: Any) -> jax.Array:
-        """Float32 logits [B, V] of x [B, 1, D]."""
+        """Float32 logits [B, V] of x, a `Stream` or [B, 1, D]."""
         return self._head(dense["norm"], dense.get("head", dense["embedding"]), x)
 
     def route(self, layer: int, dense: Any, rope: Any, x: Any, positions: Any, kv: KVCache) -> Routed:
@@ -117,13 +139,13 @@ class Stages:
 
         Args:
           layer: counted among all layers.
-          dense: all dense weights; rope: `rope`'s table; x: [B, T, D]; positions: int32 [B, T].
+          dense: all dense weights; rope: `rope`'s table; x: [B, T, D], or a `Stream`; positions: int32 [B, T].
         """
         routed, kv[layer] = self._layers[layer](dense["layers"][layer], rope, x, positions, kv[layer])
         return routed
 
     def dense_layer(self, layer: int, dense: Any, rope: Any, x: Any, positions: Any, kv: KVCache) -> jax.Array:
-        """A whole layer without experts, x [B, T, D] to x. Replaces the layer's cache in `kv` (donated)."""
+        """A whole layer without experts, x (as for `route`) to x. Replaces the layer's cache in `kv` (donated)."""
         x, kv[layer] = self._layers[layer](dense["layers"][layer], rope, x, positions, kv[layer])
         return x
 
@@ -137,6 +159,18 @@ class Stages:
         """Rotary table for `capacity` positions, on the device."""
         a = self.architecture
         return committed(rope_table(capacity, a.attention.rope_dim, a.rope))
+
+
+def still(x: Any, top_k: int) -> Stream:
+    """x [R, D] with nothing to add."""
+    rows, width = x.shape
+    return Stream(x, np.zeros((rows * top_k, width), x.dtype), np.zeros((rows, top_k), np.float32))
+
+
+def _combined(residual: jax.Array, outputs: jax.Array, gates: jax.Array) -> jax.Array:
+    """The residual [R, D] plus gates times outputs, in router order."""
+    mixed = jnp.einsum("rkd,rk->rd", outputs.reshape(*gates.shape, -1), gates.astype(outputs.dtype))
+    return residual + mixed
 
 
 def committed(tree: Any) -> Any:

@@ -19,6 +19,8 @@ from moe_jax.model.layers import MODULES, abstract_dense
 
 POSITIONS = 8192
 """Of the key/value cache: a long prompt and what is generated."""
+PHASES = {"embed": "prefill", "begin": "decode"}
+"""By the function that a phase begins with."""
 _RNG = np.random.default_rng(0)
 
 
@@ -55,8 +57,8 @@ class Recorder:
 
     def __call__(self, *args: Any) -> Any:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), args)
-        if self.name == "embed":
-            Recorder.phase = "decode" if shapes[1].shape[1] == 1 else "prefill"
+        if self.name in PHASES:
+            Recorder.phase = PHASES[self.name]
         leaves = tuple((x.shape, x.dtype.name) for x in jax.tree.leaves(shapes))
         self.calls.setdefault((id(self), jax.tree.structure(shapes), leaves), (self, self.phase, shapes))
         return jax.tree.map(_result, jax.eval_shape(self._function, *args))

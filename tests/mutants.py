@@ -86,6 +86,9 @@ MUTANTS = {
         },
         LOSSLESS,
     ),
+    "slices that threads cannot share": Mutant(
+        "moe_jax/offload/disk.py", {"-(-count // self._sharers) * self._sharers": "count"}, "tests/offload/test_disk.py"
+    ),
     "speculation that the next layer evicts": Mutant(
         "moe_jax/offload/loader.py", {"reach = 1 if": "reach = None if"}, "tests/offload/test_loader.py"
     ),

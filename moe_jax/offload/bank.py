@@ -25,6 +25,10 @@ class Transfer(Protocol):
         """Moves one slice; blocks, with the GIL released. Each is moved once, in any order, by any thread."""
         ...
 
+    def prepare(self) -> None:
+        """Does of `finish` what need not wait for the slices; by any thread, while they move, or not at all."""
+        ...
+
     def finish(self) -> ExpertWeights:
         """The arrays, on the device and ready; once every slice has been moved."""
         ...
@@ -84,6 +88,9 @@ class WholeCopy:
     def move(self, index: int) -> None:
         """Starts the copy and waits for it."""
         self._weights = jax.block_until_ready(self._copy(self._key))
+
+    def prepare(self) -> None:
+        """Nothing: the copy makes the arrays."""
 
     def finish(self) -> ExpertWeights:
         """Hands the arrays over: the transfer keeps none, so that their memory is free once the store drops them."""

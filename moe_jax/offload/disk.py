@@ -23,7 +23,7 @@ from moe_jax.offload.bank import Transfer
 from moe_jax.offload.buffers import Buffers
 
 SLICE_BYTES = 1 << 21
-"""Bytes read at once: what a demand may have to wait for. Smaller reads cost threads more turns than they win."""
+"""Most bytes read at once: what a demand may have to wait for. Smaller reads cost threads more turns than they win."""
 
 
 class DiskBank:
@@ -35,14 +35,15 @@ class DiskBank:
       aliases: whether arrays are that memory, as on the CPU.
     """
 
-    def __init__(self, checkpoint: Converted, slice_bytes: int = SLICE_BYTES):
+    def __init__(self, checkpoint: Converted, slice_bytes: int = SLICE_BYTES, sharers: int = 1):
         """
         Args:
-          slice_bytes: bytes of one read, a multiple of 4096.
+          slice_bytes: most bytes of one read, a multiple of 4096.
+          sharers: threads that are to find equal shares in every expert of more than one slice.
         """
         assert slice_bytes % BLOCK_ALIGN == 0, slice_bytes
         a = checkpoint.architecture
-        self._checkpoint, self._slice_bytes = checkpoint, slice_bytes
+        self._checkpoint, self._most_bytes, self._sharers = checkpoint, slice_bytes, sharers
         keys = [(layer, expert) for layer in range(a.num_moe_layers) for expert in range(a.num_experts)]
         self._blocks = {key: checkpoint.expert_location(*key) for key in keys}
         self._files = {file: _File(file) for file in sorted({block.file for block in self._blocks.values()})}
@@ -64,33 +65,49 @@ class DiskBank:
           OSError: it failed twice, or the file is not the one that was opened; the text names the file.
         """
         block = self._blocks[key]
-        start = index * self._slice_bytes
-        part = memory[start : min(start + self._slice_bytes, block.nbytes)]
+        start, size = index * self._slice_bytes(block.nbytes), self.sizes(key)[index]
+        part = memory[start : start + size]
         self._files[block.file].read(part, block.start + start)
 
     def sizes(self, key: Key) -> list[int]:
         """Bytes of each slice of an expert."""
         nbytes = self._blocks[key].nbytes
-        return [min(self._slice_bytes, nbytes - start) for start in range(0, nbytes, self._slice_bytes)]
+        size = self._slice_bytes(nbytes)
+        return [min(size, nbytes - start) for start in range(0, nbytes, size)]
+
+    def _slice_bytes(self, nbytes: int) -> int:
+        """Of each slice of a block but the last, which may be shorter."""
+        count = -(-nbytes // self._most_bytes)
+        if count > 1:
+            count = -(-count // self._sharers) * self._sharers
+        return -(-nbytes // (count * BLOCK_ALIGN)) * BLOCK_ALIGN
 
     def memory(self) -> np.ndarray:
         """Memory for one expert, uint8 [expert_bytes]; see `Buffers`."""
         return self.buffers.lend()
 
-    def arrays(self, key: Key, memory: np.ndarray) -> ExpertWeights:
+    def arrays(self, key: Key, memory: np.ndarray, prepared: ExpertWeights | None = None) -> ExpertWeights:
         """The expert that was read into `memory`, on the device.
+
+        Args:
+          prepared: what `aliasing` gave for this memory, if it was asked.
 
         Raises:
           OSError: its file is not the one that was opened; the text names it.
         """
         # The bytes may be good, but a file that changes under a run is no bank any more.
         self._files[self._blocks[key].file].check()
+        if self.aliases:
+            return self.aliasing(key, memory) if prepared is None else prepared
+        weights = self._checkpoint.expert_views(*key, memory)  # through pinned memory to the device
+        pinned = jax.block_until_ready(jax.device_put(weights, self._pinned))
+        return jax.block_until_ready(jax.device_put(pinned, self._device))
+
+    def aliasing(self, key: Key, memory: np.ndarray) -> ExpertWeights:
+        """On the CPU: arrays that are this memory, whatever will be in it."""
+        # device_put would do, by a longer way through Python. Any way is long, as all of that has left the CPU's caches
+        # since the last expert: 0.2 ms an array.
         weights = self._checkpoint.expert_views(*key, memory)
-        if not self.aliases:  # through pinned memory to the device
-            pinned = jax.block_until_ready(jax.device_put(weights, self._pinned))
-            return jax.block_until_ready(jax.device_put(pinned, self._device))
-        # On the CPU the buffer itself becomes the array. So it would with device_put, by a longer way through Python,
-        # which costs every load: it has left the CPU's caches since the last one.
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self._device, lambda _: x), weights)
 
     def close(self) -> None:
@@ -105,6 +122,7 @@ class _Read:
     def __init__(self, bank: DiskBank, key: Key):
         self._bank, self._key = bank, key
         self._memory: np.ndarray | None = bank.memory()
+        self._prepared: ExpertWeights | None = None
         self._sizes = bank.sizes(key)
         self.slices = len(self._sizes)
 
@@ -115,10 +133,15 @@ class _Read:
         assert self._memory is not None
         self._bank.read(self._key, self._memory, index)
 
+    def prepare(self) -> None:
+        memory = self._memory  # None: another thread has finished meanwhile
+        if self._bank.aliases and memory is not None:
+            self._prepared = self._bank.aliasing(self._key, memory)
+
     def finish(self) -> ExpertWeights:
-        memory, self._memory = self._memory, None
+        (memory, self._memory), prepared = (self._memory, None), self._prepared
         assert memory is not None
-        return self._bank.arrays(self._key, memory)
+        return self._bank.arrays(self._key, memory, prepared)
 
 
 class _File:

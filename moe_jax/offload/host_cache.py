@@ -83,6 +83,9 @@ class _Copy:
         assert memory is not None
         self._weights = self._cache.on_device(self._key, memory)
 
+    def prepare(self) -> None:
+        pass
+
     def finish(self) -> ExpertWeights:
         weights, self._weights = self._weights, None
         assert weights is not None
@@ -104,6 +107,9 @@ class _Fill:
     def move(self, index: int) -> None:
         assert self._memory is not None
         self._cache.bank.read(self._key, self._memory, index)
+
+    def prepare(self) -> None:
+        pass
 
     def finish(self) -> ExpertWeights:
         memory, self._memory = self._memory, None

@@ -86,14 +86,16 @@ class Loader:
             self._check_usable()
             self._poll()
             now = time.perf_counter()
-            self._clock(now)
             self._layer = layer
-            self._outlook.passed(layer, [expert for _, expert in keys], by_token)
             self._pending = dict.fromkeys(keys)
             self._need = len(keys)
             self._demand.clear()
             self._failures.clear()
             outcomes: list[Outcome] = [self._classify(key) for key in keys]
+            if self._demand:
+                self._rouse()
+            self._clock(now)
+            self._outlook.passed(layer, [expert for _, expert in keys], by_token)
             self.benefit.hid(sum(map(self._spared, keys, outcomes, [now] * len(keys))))
             for key in keys:
                 self.store.use(key)
@@ -181,6 +183,9 @@ class Loader:
     def _kick(self) -> None:
         """There may be something to issue."""
         raise NotImplementedError
+
+    def _rouse(self) -> None:
+        """There will be something to issue once the lock is free. To wake a thread takes a while."""
 
     def _obtain(self) -> None:
         """Blocks until everything in `_wanted` is resident, or raises."""

@@ -84,7 +84,7 @@ def _disk_bank(
             "--config.offload.tier=disk reads a converted checkpoint; make one with"
             f" python convert.py --checkpoint={checkpoint.directory} --output=DIR, then --config.checkpoint=DIR"
         )
-    bank = DiskBank(checkpoint, settings.slice_bytes)
+    bank = DiskBank(checkpoint, settings.slice_bytes, settings.read_threads)
     host_bytes = parse_budget(config.host_budget, bank.total_bytes, free_bytes, HOST_FLAG)
     return HostCache(bank, host_bytes) if host_bytes else bank
 

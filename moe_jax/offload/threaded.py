@@ -23,7 +23,7 @@ class _Flight:
         self.next = self.moving = self.moved = 0  # slices
         self.busy_s = 0.0  # spent on slices, by all threads together
         self.error: Exception | None = None
-        self.landing = False
+        self.landing = self.prepared = False
 
     def has_work(self) -> bool:
         """Whether there is a slice to hand out."""
@@ -96,6 +96,9 @@ class ThreadLoader(Loader):
         elif not self._moving:  # a thread that moves something looks for more by itself
             self._work.notify()
 
+    def _rouse(self) -> None:
+        self._work.notify_all()
+
     def _worth_a_look(self) -> bool:
         return self._guess is not None or super()._worth_a_look()
 
@@ -104,7 +107,22 @@ class ThreadLoader(Loader):
         while not all(key in self.store.resident for key in self._wanted):
             self._check_usable()
             self._raise_failures()
-            self._arrived.wait()
+            if not self._prepare_one():
+                self._arrived.wait()
+
+    def _prepare_one(self) -> bool:
+        """Something to do for who waits: what an expert that it waits for needs besides its bytes."""
+        for key in self._wanted:
+            flight = self._flights.get(key)
+            if flight is not None and not (flight.prepared or flight.landing):
+                flight.prepared = True
+                self._lock.release()
+                try:
+                    flight.transfer.prepare()
+                finally:
+                    self._lock.acquire()
+                return True
+        return False
 
     # The threads.
 
@@ -165,6 +183,7 @@ class ThreadLoader(Loader):
         if self.store.has_room(key):
             self._take_off(key, "demand")
             self._work.notify_all()  # to share it
+            self._arrived.notify_all()  # to prepare it
             return []
         if self.store.draining and not self.store.layer_full(key[0]):
             return self.store.draining[0].uses

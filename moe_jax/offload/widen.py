@@ -39,7 +39,12 @@ class WidenedBank:
 class _Widening:
     def __init__(self, transfer: Transfer, dtype: Any):
         self._transfer, self._dtype = transfer, dtype
-        self.slices, self.size, self.move = transfer.slices, transfer.size, transfer.move
+        self.slices, self.size, self.move, self.prepare = (
+            transfer.slices,
+            transfer.size,
+            transfer.move,
+            transfer.prepare,
+        )
 
     def finish(self) -> ExpertWeights:
         return jax.block_until_ready(_widen(self._transfer.finish(), self._dtype))

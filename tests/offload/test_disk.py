@@ -24,6 +24,7 @@ from moe_jax.offload.bank import Transfer
 from moe_jax.offload.buffers import ARENA_BYTES, Buffers
 from moe_jax.offload.disk import DiskBank
 from moe_jax.offload.source import OffloadedExperts
+from moe_jax.trace import Trace
 from tests.offload.rig import eventually, ready, within
 from tests.tiny import TINY, write_tiny
 
@@ -45,8 +46,8 @@ def checkpoint(original, tmp_path):
     return Converted(shutil.copytree(original, tmp_path / "bank"))
 
 
-def bank_of(checkpoint, slice_bytes=4096):
-    return DiskBank(checkpoint, slice_bytes)
+def bank_of(checkpoint, slice_bytes=4096, sharers=1):
+    return DiskBank(checkpoint, slice_bytes, sharers)
 
 
 def load(bank, key, order=None):
@@ -61,10 +62,11 @@ def same(checkpoint, key, weights):
     return all(np.asarray(x).tobytes() == y.tobytes() for x, y in zip(weights[:2], expected[:2], strict=True))
 
 
+@pytest.mark.parametrize("sharers", [1, 3])
 @pytest.mark.parametrize("slice_bytes", [4096, 12288, 1 << 20])
-def test_every_expert_whatever_the_order_of_its_slices(original, slice_bytes):
+def test_every_expert_whatever_the_order_of_its_slices(original, slice_bytes, sharers):
     checkpoint = Converted(original)
-    bank = bank_of(checkpoint, slice_bytes)
+    bank = bank_of(checkpoint, slice_bytes, sharers)
     rng = random.Random(0)
     for key in KEYS:
         transfer = bank.start(key)
@@ -72,6 +74,21 @@ def test_every_expert_whatever_the_order_of_its_slices(original, slice_bytes):
         rng.shuffle(order)
         assert sum(map(transfer.size, order)) == bank.link_bytes == bank.expert_bytes
         assert same(checkpoint, key, load(bank, key, order))
+
+
+@pytest.mark.parametrize(
+    ("most", "sharers", "sizes"),
+    [
+        (40960, 2, [40960]),
+        (36864, 1, [20480, 20480]),
+        (16384, 1, [16384, 16384, 8192]),
+        (16384, 2, [12288, 12288, 12288, 4096]),  # and not three, of which one thread would have two
+        (24576, 3, [16384, 16384, 8192]),
+    ],
+)
+def test_slices_are_equal_shares(original, most, sharers, sizes):
+    """Of 10 blocks of 4096 bytes: as many slices for each thread, as far as blocks can be divided so."""
+    assert bank_of(Converted(original), most, sharers).sizes((0, 0)) == sizes
 
 
 def test_the_memory_that_was_read_into_is_the_array(original):
@@ -313,8 +330,11 @@ def test_bytes_by_cause_are_what_the_process_has_read(original):
 
     checkpoint = Converted(original)
     source = OffloadedExperts(bank_of(checkpoint, 1 << 20), WIDE, 4 * 40960, mode="thread", threads=2)
-    before, rng = read_bytes(), random.Random(1)
-    for token in range(40):
+    before, rng = 0, random.Random(1)
+    for token in range(-5, 40):
+        if token == 0:  # by now all code that this runs has been read from the disk too
+            within(5, source._loader.make_room, 4)  # nothing is moving
+            source.trace, before = Trace(), read_bytes()
         source.begin_token(token)
         for layer in range(WIDE.num_moe_layers):
             needed = rng.sample(range(WIDE.num_experts), 2)

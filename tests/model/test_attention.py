@@ -14,6 +14,7 @@ B, T, N, G, H, BLOCK = 2, 6, 4, 2, 8, 16
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", BLOCK)
+    monkeypatch.setattr(attention, "BLOCK_OF_ONE", BLOCK // 2)
 
 
 def random(*shape: int) -> np.ndarray:

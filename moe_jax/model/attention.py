@@ -11,8 +11,8 @@ from moe_jax.model.primitives import RMSNorm, linear
 from moe_jax.model.rope import apply_rope
 
 BLOCK, BLOCK_OF_ONE = 512, 64
-"""Positions of the cache that several tokens, and one, attend over at a time. Each block is copied: a small one stays in
-the processor's cache (9 heads, 2 cores: one token over 1,500 positions takes 0.56 ms, in blocks of 512 0.64)."""
+"""Positions of the cache that several tokens, and one, attend over at a time. Each block is copied; a small one stays
+in the processor's cache (9 heads, 2 cores: one token over 1,500 positions takes 0.56 ms, in blocks of 512 0.64)."""
 
 
 def attend(

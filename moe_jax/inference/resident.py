@@ -10,8 +10,7 @@ import numpy as np
 
 from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
-from moe_jax.memory import together
-from moe_jax.model.decoder import committed
+from moe_jax.model.decoder import placed
 from moe_jax.model.experts import ExpertWeights, widened
 
 
@@ -25,7 +24,7 @@ class ResidentExperts:
         def layer(index: int) -> list[ExpertWeights]:
             experts = [checkpoint.expert(index, e) for e in range(a.num_experts)]
             parts, tree = jax.tree.flatten(experts if widen is None else [widened(w, widen) for w in experts])
-            return jax.tree.unflatten(tree, committed(together(parts, [part.dtype for part in parts])))
+            return jax.tree.unflatten(tree, placed(parts, [part.dtype for part in parts]))
 
         self._experts = [layer(index) for index in range(a.num_moe_layers)]
 

@@ -67,7 +67,7 @@ def causal_attend(q: jax.Array, k: jax.Array, v: jax.Array, blocks: int = 4) -> 
 
 
 def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """`new [B, T, G, H]` at each row's `positions [B, T]` of `cache [B, G, S, H]`; others are written nowhere."""
+    """`new [B, T, G, H]` at each row's `positions [B, T]` of `cache [B, G, S, H]`; from S on nowhere."""
     row = jnp.arange(new.shape[0])[:, None]
     return cache.at[row, :, positions].set(new.astype(cache.dtype), mode="drop")
 
@@ -101,8 +101,9 @@ def attend_cache(
     """
 
     def blocks(q, k, v, positions):
-        # Never all of it at once: XLA then writes the cache within whatever reads it, and first copies it for each.
-        width = min(BLOCK if q.shape[1] > 1 else BLOCK_OF_ONE, max(1, k.shape[2] // 2))
+        # One token never goes over all at once: XLA would write the cache within what reads it, and copy it for each.
+        slots = k.shape[2]
+        width = min(BLOCK, slots) if q.shape[1] > 1 else min(BLOCK_OF_ONE, max(1, slots // 2))
         return _attend_blocks(q, k, v, positions, scale, window, sinks, width)
 
     def whole(q, k, v, positions):

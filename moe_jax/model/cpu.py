@@ -1,11 +1,12 @@
 """A few rows times a stored matrix on a CPU, at the speed at which memory gives the matrix.
 
-XLA's CPU backend (jaxlib 0.10) gets half of that speed from float32 and bfloat16: it gives each thread an equal part of
-a product, and all wait for the one that woke last. For int8 with several rows, and for packed matrices, it has no form
+XLA's CPU backend (jaxlib 0.10) gives each thread an equal part of a product, and all wait for the one that woke last:
+half of the time, with matrices of a few megabytes. For int8 with several rows, and for packed matrices, it has no form
 that does not first write the widened matrix to memory. So the loops are given in LLVM's language (`cpu_*.ll`), compiled
 once per process by LLVM for the processor at hand (0.2 s), and called from jitted functions through XLA's foreign
-function interface. XLA's own threads take blocks of outputs as they come. No Python runs, and no lock is held. Every
-output of every row is summed by itself, in the same order whatever the number of rows, threads and blocks.
+function interface; nothing differentiates them. XLA's own threads take blocks of outputs as they come. No Python runs,
+and no lock is held. Every output of every row is summed by itself, in the same order whatever the number of rows,
+threads and blocks.
 
 Weights per nanosecond, 2 cores, matrices of 2304 x 576 / 14336 x 2048 that come from memory on huge pages:
 
@@ -38,7 +39,7 @@ _PLAIN = {
 }
 """By dtype of weights: its name, LLVM's type, and how 16 of them are widened to float32."""
 _MOST_ROWS = {"float32": 4, "bfloat16": 4, "int8": 16, "packed": 4}
-"""Beyond which XLA has something faster."""
+"""Beyond which XLA has something faster for most matrices."""
 _BLOCK_BYTES = 1 << 17
 _AHEAD = 1 << 11  # bytes from what is read to what the processor is asked for
 _TURNS = 300  # that a thread which has nothing to do looks for more, some 0.1 ms in all
@@ -46,10 +47,12 @@ _COMPILING = threading.Lock()
 
 
 def suits(x: jax.Array, *weights: jax.Array) -> bool:
-    """Whether `product` is the fastest way: rows are few, and a packed matrix is wide enough."""
-    few, narrow = len(x) <= _MOST_ROWS[_name(weights)], len(weights) > 1 and weights[1].shape[1] < 16
+    """Whether to use `product`: it knows the dtype, rows are few, and a packed matrix is wide enough."""
     # Also accelerators trace this: what they never run is not to be compiled for them.
-    return jax.default_backend() == "cpu" and few and not narrow and len(x) > 0
+    if jax.default_backend() != "cpu" or (len(weights) == 1 and weights[0].dtype not in _PLAIN):
+        return False
+    narrow = len(weights) > 1 and weights[1].shape[1] < 16
+    return 0 < len(x) <= _MOST_ROWS[_name(weights)] and x.shape[1] > 0 and not narrow
 
 
 def product(x: jax.Array, *weights: jax.Array) -> jax.Array:

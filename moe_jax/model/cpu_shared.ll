@@ -76,10 +76,18 @@ no:
   ret i1 false
 }
 
-; Calls a function of XLA's. Whether it succeeded.
+; Calls a function of XLA's. Whether there is one and it succeeded.
 define private i1 @succeeds(ptr %frame, i32 %function, ptr %args) {
   %api_at = getelementptr %CallFrame, ptr %frame, i32 0, i32 2
   %api = load ptr, ptr %api_at
+  %api_size = load i64, ptr %api
+  %known = icmp uge i64 %api_size, 152  ; of `%Api`
+  br i1 %known, label %go, label %unknown
+
+unknown:
+  ret i1 false
+
+go:
   %function_at = getelementptr %Api, ptr %api, i32 0, i32 4, i32 %function
   %call = load ptr, ptr %function_at
   %error = call ptr %call(ptr %args)
@@ -146,7 +154,7 @@ stop:
 }
 
 ; A product often follows another at once, and to wake a thread takes as long as a small one. So a thread stays for a moment
-; and looks for a next job, of which one may lie here for it. Meanwhile any other thread may have its core. A job that nobody
+; and one looks for a next job, which may lie here for it. Meanwhile any other thread may have its core. A job that nobody
 ; has taken before the next one comes goes on without a helper, or is over.
 @next_job = private global ptr null
 @looking = private global i64 0  ; threads
@@ -160,7 +168,8 @@ take:
   call void @run(ptr %job)
   call void @leave(ptr %job)
   %before = atomicrmw add ptr @looking, i64 1 monotonic
-  br label %look
+  %alone = icmp eq i64 %before, 0  ; one is enough for the one job
+  br i1 %alone, label %look, label %stop
 
 look:
   %turn = phi i64 [0, %take], [%turn_next, %look_again]

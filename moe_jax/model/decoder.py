@@ -9,6 +9,7 @@ arguments, so all layers of a kind share one executable per shape.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -185,4 +186,11 @@ def device_weights(dense: Any, dtype: Any) -> dict[str, Any]:
     # float32 whatever the compute dtype: see `Router`
     kept = [path[-1] == jax.tree_util.DictKey("correction_bias") for path, _ in leaves]
     dtypes = [np.dtype(np.float32 if keep else dtype) for keep in kept]
-    return jax.tree.unflatten(tree, committed(together([np.asarray(x) for _, x in leaves], dtypes)))
+    return jax.tree.unflatten(tree, placed([np.asarray(x) for _, x in leaves], dtypes))
+
+
+def placed(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype]) -> list[jax.Array]:
+    """`committed` arrays in these dtypes; on a CPU they lie together."""
+    if jax.devices()[0].platform == "cpu":
+        return committed(together(arrays, dtypes))
+    return [committed(x.astype(dtype)) for x, dtype in zip(arrays, dtypes, strict=True)]

@@ -77,7 +77,7 @@ def _in_blocks(x: jax.Array, weight: Any) -> jax.Array:
     if isinstance(weight, Packed) and cpu.suits(x, *weight):
         return cpu.product(packed.padded(x, weight), *weight)
     out, blocks = len(weight[0]), 1
-    if not (isinstance(weight, Int8) and len(x) == 1):  # which makes no copy
+    if not (isinstance(weight, Int8) and cpu.suits(x, weight.values)):  # which makes no copy
         while out // blocks * x.shape[1] > _BLOCK and all(len(part) % (2 * blocks) == 0 for part in weight):
             blocks *= 2
     if blocks == 1:

@@ -39,7 +39,7 @@ class DiskBank:
         """
         Args:
           slice_bytes: most bytes of one read, a multiple of 4096.
-          sharers: threads that are to find equal shares in every expert of more than one slice.
+          sharers: threads that are to find shares in every expert of more than one slice, as equal as pages allow.
         """
         assert slice_bytes % BLOCK_ALIGN == 0, slice_bytes
         a = checkpoint.architecture
@@ -108,7 +108,10 @@ class DiskBank:
         # device_put would do, by a longer way through Python. Any way is long, as all of that has left the CPU's caches
         # since the last expert: 0.2 ms an array.
         weights = self._checkpoint.expert_views(*key, memory)
-        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self._device, lambda _: x), weights)
+        arrays = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self._device, lambda _: x), weights)
+        for view, array in zip(jax.tree.leaves(weights), jax.tree.leaves(arrays), strict=True):
+            assert array.unsafe_buffer_pointer() == view.ctypes.data, "XLA has made a copy"
+        return arrays
 
     def close(self) -> None:
         """Closes the files."""
@@ -139,7 +142,7 @@ class _Read:
             self._prepared = self._bank.aliasing(self._key, memory)
 
     def finish(self) -> ExpertWeights:
-        (memory, self._memory), prepared = (self._memory, None), self._prepared
+        (memory, self._memory), (prepared, self._prepared) = (self._memory, None), (self._prepared, None)
         assert memory is not None
         return self._bank.arrays(self._key, memory, prepared)
 

@@ -119,6 +119,8 @@ class ThreadLoader(Loader):
                 self._lock.release()
                 try:
                     flight.transfer.prepare()
+                except Exception:  # whoever ends the load tries again, and reports what is wrong
+                    pass
                 finally:
                     self._lock.acquire()
                 return True
@@ -133,6 +135,7 @@ class ThreadLoader(Loader):
                     self._move(*job)
                 else:
                     wait_for(job)
+                job = None  # it would keep what it has moved while this thread sleeps
         except BaseException as error:  # a bug: the decode thread must not wait for ever
             with self._lock:
                 self._crash = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from moe_jax.inference import bounds
 from moe_jax.inference.engine import Engine, Record
 from moe_jax.inference.generate import Generation
 from moe_jax.inference.grouping import unique_in_order
+from moe_jax.model.experts import ExpertWeights
 
 PERCENTILES = {"median": 50, "p90": 90, "p99": 99}
 
@@ -50,8 +52,9 @@ def measure(
         "peak_device_cache_bytes": summary.get("peak_device_cache_bytes"),
         "device_budget_bytes": offloaded.store.budget_bytes if offloaded else None,
     }
-    if offloaded and len(steps) and with_bounds:
-        compute, transfer = _compute_and_transfer(engine, generation, link_gbps)
+    # Interrupted, the store may hold nothing yet to compute with.
+    if offloaded and len(steps) and with_bounds and (resident := offloaded.resident()):
+        compute, transfer = _compute_and_transfer(engine, generation, link_gbps, resident)
         result["bound_overlap_s"] = max(compute, transfer)
         result["bound_serial_s"] = compute + transfer
         result["overlap_share"] = bounds.overlap_share(compute, transfer, float(np.median(steps)))
@@ -86,11 +89,12 @@ def departed(record: Record) -> float | None:
     return float(np.concatenate(different).mean())
 
 
-def _compute_and_transfer(engine: Engine, generation: Generation, link_gbps: float) -> tuple[float, float]:
-    """C and T, seconds per decode step."""
+def _compute_and_transfer(
+    engine: Engine, generation: Generation, link_gbps: float, resident: Sequence[ExpertWeights]
+) -> tuple[float, float]:
+    """C and T, seconds per decode step; `resident`: what is in the store."""
     source: Any = engine.source
     record, layers = generation.record, engine.architecture.num_moe_layers
-    resident = source.resident()
     # Which weights does not matter to the time; those of the store are spread over the experts that ran.
     pick = lambda layer, expert: resident[(layer * engine.architecture.num_experts + expert) % len(resident)]
     compute = bounds.replay(engine, record, pick, generation.capacity)

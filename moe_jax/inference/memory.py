@@ -39,7 +39,8 @@ def reserve(a: Architecture, batch: int, positions: int, prefill_chunk: int, ite
     token = (4 + a.top_k) * a.d_model
     rows = max(prefill_chunk, batch)
     # Float32 attention scores before and after the softmax, of a chunk over a block of the cache or of one token a row
-    # over all of it, and the layer's cache in another layout; or a block of chunks while it is put together.
+    # over all of it, and the layer's cache in another layout (a TPU does so to latent attention's); or a block of
+    # chunks while it is put together.
     scores = 2 * 4 * a.attention.num_heads * max(rows * min(positions, BLOCK), batch * positions)
     joined = CHUNKS * rows * (1 + a.top_k) * a.d_model
     return Reserve(

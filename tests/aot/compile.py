@@ -25,7 +25,7 @@ from moe_jax.inference.compilation import compile_for
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import ExpertWeights
 from tests.aot.planted import PLANTED
-from tests.aot.record import POSITIONS, Recorder, abstract_engine, abstract_experts, recording
+from tests.aot.record import POSITIONS, Recorder, abstract_engine, abstract_experts, cache_of, recording
 from tests.families.test_real_sizes import MODELS
 
 NEW_TOKENS = 512
@@ -132,7 +132,7 @@ def main(target: str, out: str) -> None:
         for batch in (1, 8):
             for function, phase, shapes in calls_of(a, batch):
                 # Of a batch only the stages that read the cache: they have the largest temporaries.
-                if batch == 1 or (batch, POSITIONS) in [x.shape[:2] for x in jax.tree.leaves(shapes)]:
+                if batch == 1 or (batch, POSITIONS) in [cache_of(x.shape) for x in jax.tree.leaves(shapes)]:
                     done.append(compiled(compile, model, phase, batch, function, shapes))
     a = family(MODELS["Mixtral-8x7B"].config).read_config(MODELS["Mixtral-8x7B"].config)
     errors = {}

@@ -67,6 +67,11 @@ class Recorder:
         return self._function.trace(*shapes)
 
 
+def cache_of(shape: Sequence[int]) -> tuple[int, int] | None:
+    """Rows and positions of keys or values [B, G, S, H]; None: it is another array's shape."""
+    return (shape[0], shape[2]) if len(shape) == 4 and shape[2] == POSITIONS else None
+
+
 @contextlib.contextmanager
 def recording() -> Iterator[dict[Any, tuple[Recorder, str, Any]]]:
     """Functions of ours that are jitted meanwhile are `Recorder`s; gives what they are called with."""

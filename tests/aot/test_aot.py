@@ -22,7 +22,7 @@ from moe_jax.inference.memory import auto_budget, reserve
 from moe_jax.model.layers import abstract_dense
 from tests.aot import compilers
 from tests.aot.checker import Executable, copies_of_weights, host_compute, largest_temporary, over_card, too_many
-from tests.aot.record import POSITIONS
+from tests.aot.record import POSITIONS, cache_of
 from tests.families.test_real_sizes import MODELS
 
 pytestmark = pytest.mark.slow
@@ -137,9 +137,10 @@ def test_fits_the_card(target, result, model):
     parts, estimated = on_card(target, model, result)
     assert over_card(CARDS[target], parts) == []
     assert parts["budget"] >= ARCHITECTURES[model].top_k * expert_bytes(model)
-    assert estimated / 3 < parts["largest temporary"] <= estimated  # what "auto" sets aside is enough, and no waste
-    cache = {tuple(shape) for e in result.of(model) for shape, _ in e.arguments if list(shape[1:2]) == [POSITIONS]}
-    assert cache and all(shape[0] in (1, 8) for shape in cache)  # the cache that was counted is the one compiled for
+    measured = parts["largest temporary"]
+    assert measured <= estimated < measured + 0.01 * CARDS[target]  # what "auto" sets aside is enough, and no waste
+    cache = {cache_of(shape) for e in result.of(model) for shape, _ in e.arguments} - {None}
+    assert cache == {(1, POSITIONS), (8, POSITIONS)}  # the cache that was counted is the one compiled for
 
 
 # ---- the checks find what they are for ---------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class Mutant(NamedTuple):
 
 LOSSLESS, ENGINE = "tests/inference/test_lossless.py", "tests/inference/test_engine.py"
 OFFLOAD = "tests/offload/test_history.py tests/offload/test_outlook.py tests/offload/test_loader.py"
-CPU = "tests/model/test_cpu.py"
+CPU, ATTENTION = "tests/model/test_cpu.py", "tests/model/test_attention.py"
 AHEAD_OF_TIME = "tests/aot"  # needs its dependency group: python tests/aot/compilers.py
 MUTANTS = {
     "listed weights of a packed matrix go to the first chunk": Mutant(
@@ -53,6 +53,24 @@ MUTANTS = {
     ),
     "a product does not wait for the blocks of other threads": Mutant(
         "moe_jax/model/cpu_shared.ll", {"icmp eq i64 %done, %blocks": "icmp uge i64 %done, 1"}, CPU
+    ),
+    "what a token has seen does not fade when a higher score comes": Mutant(
+        "moe_jax/model/cpu_attention.ll",
+        {"fmul <16 x float> %y_before, %keep_16": "fmul <16 x float> %y_before, splat (float 1.0)"},
+        ATTENTION,
+    ),
+    "a token of one row sees the slots of the first": Mutant(
+        "moe_jax/model/cpu_attention.ll",
+        {
+            "%first_at = getelementptr [2 x i32], ptr %slots_all, i64 %row": "%first_at = getelementptr [2 x i32], ptr "
+            "%slots_all, i64 0"
+        },
+        ATTENTION,
+    ),
+    "the last key heads of a block are left out": Mutant(
+        "moe_jax/model/cpu_attention.ll",
+        {"icmp ult i64 %u_next, %end_unit": "icmp ult i64 %u_next, %first_unit"},
+        ATTENTION,
     ),
     "jobs are never freed": Mutant(
         "moe_jax/model/cpu_shared.ll", {"icmp eq i64 %here, 1": "icmp eq i64 %here, 0"}, CPU

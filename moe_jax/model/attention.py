@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.model import cpu
 from moe_jax.model.architecture import Architecture, GroupedQuery, LayerKind
 from moe_jax.model.primitives import RMSNorm, linear
 from moe_jax.model.rope import apply_rope
 
 BLOCK, BLOCK_OF_ONE = 512, 64
-"""Positions of the cache that several tokens, and one, attend over at a time. Each block is copied; a small one stays
-in the processor's cache (9 heads, 2 cores: one token over 1,500 positions takes 0.56 ms, in blocks of 512 0.64)."""
+"""Positions of the cache that several tokens, and one where cpu.py does not suit, attend over at a time. Each block is
+copied; a small one stays in the processor's cache (9 heads, 1,500 positions: 0.56 ms, in blocks of 512 0.64)."""
 
 
 def attend(
@@ -111,8 +112,27 @@ def attend_cache(
 
     if q.shape[1] > 1:
         return blocks(q, k, v, positions)
+
+    def one(q, k, v, positions):
+        if not cpu.attends(q, v):
+            return blocks(q, k, v, positions)
+        B, _, N, H = q.shape
+        G, S, Hv = v.shape[1:]
+        position = positions[:, 0]
+        first = jnp.zeros_like(position) if window is None else jnp.maximum(position - window + 1, 0)
+        end = jnp.where(position < S, position + 1, 0)  # others are padding
+        heads = cpu.attend(q.reshape(B, G, -1, H) * scale, k, v, first, end, _start(sinks, (G, N // G)))
+        return heads.reshape(B, 1, N, Hv)
+
     # To an accelerator one token is no work: there every turn of a loop would cost more than reading what is empty.
-    return jax.lax.platform_dependent(q, k, v, positions, cpu=blocks, default=whole)
+    return jax.lax.platform_dependent(q, k, v, positions, cpu=one, default=whole)
+
+
+def _start(sinks: jax.Array | None, heads: tuple[int, int]) -> jax.Array:
+    """Before anything is attended to: highest score and total weight of each head, float32 [2, G, N / G]."""
+    if sinks is None:
+        return jnp.stack([jnp.full(heads, -1e30, jnp.float32), jnp.zeros(heads, jnp.float32)])  # finite: no inf - inf
+    return jnp.stack([sinks.astype(jnp.float32).reshape(heads), jnp.ones(heads, jnp.float32)])
 
 
 def _attend_blocks(q, k, v, positions, scale, window, sinks, width):
@@ -138,12 +158,8 @@ def _attend_blocks(q, k, v, positions, scale, window, sinks, width):
         added = jnp.einsum("bgrs,bgsh->bgrh", weights.astype(v.dtype), block(v), preferred_element_type=jnp.float32)
         return mixed * keep[..., None] + added, raised, total * keep + weights.sum(-1)
 
-    if sinks is None:
-        highest, total = jnp.full(rows, -1e30, jnp.float32), jnp.zeros(rows, jnp.float32)  # finite: -inf - -inf is NaN
-    else:
-        sink = sinks.astype(jnp.float32).reshape(1, G, N // G, 1)
-        highest = jnp.broadcast_to(sink, (B, G, N // G, T)).reshape(rows)
-        total = jnp.ones(rows, jnp.float32)
+    start = _start(sinks, (G, N // G))[:, None, ..., None]
+    highest, total = jnp.broadcast_to(start, (2, B, G, N // G, T)).reshape(2, *rows)
     first = 0 if window is None else jnp.maximum(positions.min() - window + 1, 0) // width
     last = jnp.where(positions < S, positions, 0).max() // width  # others are padding
     mixed = jnp.zeros((*rows, Hv), jnp.float32)

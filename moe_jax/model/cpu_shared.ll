@@ -1,5 +1,5 @@
-; What the products of cpu_plain.ll and cpu_packed.ll have in common: what XLA hands over, and how its threads share the
-; outputs of a product. See cpu.py.
+; What the loops of cpu_plain.ll, cpu_packed.ll and cpu_attention.ll have in common: what XLA hands over, and how its
+; threads share the outputs. See cpu.py.
 ;
 ; Structures and constants are those of XLA's xla/ffi/api/c_api.h, version 0.3.
 
@@ -20,7 +20,8 @@
 %Job = type { i64, i64, i64,             ; next block; blocks done; threads that are here or may still come
               i64, i64, i64,             ; blocks; outputs of each; outputs
               ptr, ptr, ptr, i64, i64,   ; work (job, first output, end); x; result; rows; width
-              [5 x ptr], i64, i64 }      ; parts of the weights; of packed ones: chunks, length of their lists
+              [5 x ptr], i64, i64,       ; parts of the weights; of packed ones: chunks, length of their lists
+              ptr }                      ; the call, which lasts until every block is done
 
 declare ptr @malloc(i64)
 declare void @free(ptr)
@@ -196,14 +197,23 @@ stop:
 define private void @product(ptr %frame, ptr %work, i64 %parts, i64 %chunks, i64 %list_length, i64 %block_weights) {
   %args = getelementptr %CallFrame, ptr %frame, i32 0, i32 5
   %results = getelementptr %CallFrame, ptr %frame, i32 0, i32 6
+  %width = call i64 @dim(ptr %args, i64 0, i64 1)
+  %outputs = call i64 @dim(ptr %results, i64 0, i64 1)
+  %whole = udiv i64 %block_weights, %width
+  %some = call i64 @llvm.umax.i64(i64 %whole, i64 1)
+  call void @share(ptr %frame, ptr %work, i64 %parts, i64 %outputs, i64 %some, i64 %chunks, i64 %list_length)
+  ret void
+}
+
+; Outputs, so many in a block, among the threads.
+define private void @share(ptr %frame, ptr %work, i64 %parts, i64 %outputs, i64 %some, i64 %chunks, i64 %list_length) {
+  %args = getelementptr %CallFrame, ptr %frame, i32 0, i32 5
+  %results = getelementptr %CallFrame, ptr %frame, i32 0, i32 6
   %job_end = getelementptr %Job, ptr null, i32 1
   %job_size = ptrtoint ptr %job_end to i64
   %job = call ptr @malloc(i64 %job_size)
   %rows = call i64 @dim(ptr %args, i64 0, i64 0)
   %width = call i64 @dim(ptr %args, i64 0, i64 1)
-  %outputs = call i64 @dim(ptr %results, i64 0, i64 1)
-  %whole = udiv i64 %block_weights, %width
-  %some = call i64 @llvm.umax.i64(i64 %whole, i64 1)
   %up = add i64 %outputs, %some
   %up_less = sub i64 %up, 1
   %blocks = udiv i64 %up_less, %some
@@ -251,16 +261,21 @@ define private void @product(ptr %frame, ptr %work, i64 %parts, i64 %chunks, i64
   store i64 %chunks, ptr %chunks_at
   %length_at = getelementptr %Job, ptr %job, i32 0, i32 13
   store i64 %list_length, ptr %length_at
+  %frame_at = getelementptr %Job, ptr %job, i32 0, i32 14
+  store ptr %frame, ptr %frame_at
   br label %part
 
 part:
-  %p = phi i64 [0, %0], [%p_next, %part]
+  %p = phi i64 [0, %0], [%p_next, %part_go]
+  %more_parts = icmp ult i64 %p, %parts
+  br i1 %more_parts, label %part_go, label %ask
+
+part_go:
   %p_next = add i64 %p, 1
   %weights = call ptr @data(ptr %args, i64 %p_next)
   %weights_at = getelementptr %Job, ptr %job, i32 0, i32 11, i64 %p
   store ptr %weights, ptr %weights_at
-  %more_parts = icmp ult i64 %p_next, %parts
-  br i1 %more_parts, label %part, label %ask
+  br label %part
 
 ask:
   %schedule_args = alloca %Schedule

@@ -29,10 +29,10 @@ def written_out(q, k, v, positions, scale, window, sinks):
         own, group = int(positions[b, t]), n // (q.shape[2] // k.shape[2])
         first = 0 if window is None else max(0, own - window + 1)
         scores = k[b, first : own + 1, group].astype(np.float64) @ q[b, t, n] * scale
-        highest = scores.max()
+        sink = -np.inf if sinks is None else float(sinks[n])
+        highest = max(scores.max(), sink)
         weights = np.exp(scores - highest)
-        rest = 0.0 if sinks is None else np.exp(float(sinks[n]) - highest)
-        out[b, t, n] = weights @ v[b, first : own + 1, group] / (weights.sum() + rest)
+        out[b, t, n] = weights @ v[b, first : own + 1, group] / (weights.sum() + np.exp(sink - highest))
     return out
 
 

@@ -238,23 +238,22 @@ class Engine:
             predicted = None
             if forecast is not None:
                 predicted, state.predictor = forecast.after(layer, state.predictor, routed, state.active)
-            # Read only now: this layer's demand does not wait for it, and the device has work while the host reads.
-            self._offer(said)
+            if layer == 0:  # read only now: the device has work while the host reads
+                self._offer(said)
             if self.execution is None:
                 ids, gates = np.asarray(routed.ids), routed.gates
             else:  # a planned layer is dispatched without waiting for its router
                 ids, gates = self.execution.decide(layer, routed, plan, state.memory, state.active)
-            outputs = self._run_layer(layer, routed, ids, state.active)
-            x = Stream(routed.residual, outputs, gates)
-            true.append(np.asarray(routed.ids))
             said = None
             if predicted is not None:
                 probabilities, plan = predicted
                 said = layer, probabilities
             elif self.record:
                 self.record.predicted.append(None)
+            outputs = self._run_layer(layer, routed, ids, state.active, said)
+            x = Stream(routed.residual, outputs, gates)
+            true.append(np.asarray(routed.ids))
         logits = stages.head(self.dense, x)
-        self._offer(said)
         if self.record:  # only now: an interrupted step is not one
             self.record.active.append(state.active)
             self.record.lengths.append(state.lengths)
@@ -291,7 +290,10 @@ class Engine:
             state.unseen.clear()
         return forecast
 
-    def _run_layer(self, layer: int, routed: Routed, ids: np.ndarray, active: np.ndarray) -> jax.Array:
+    def _run_layer(
+        self, layer: int, routed: Routed, ids: np.ndarray, active: np.ndarray, said: tuple[int, jax.Array] | None
+    ) -> jax.Array:
+        """What the experts give; `said`: a prediction, offered before waiting for one of them, or else after all."""
         outputs = routed.outputs
         single = ids.shape[0] == 1
         needed = ids[0].tolist() if single else unique_in_order(ids, active)
@@ -305,6 +307,9 @@ class Engine:
             start += size
         groups.sort(key=lambda group: max(rank[expert] for expert in group[1]))  # resident groups first
         for start, group in groups:
+            if said is not None and not self.source.ready(layer, group):
+                self._offer(said)
+                said = None
             weights = self.source.take(layer, group)
             if single:
                 rows, slots = self._single[start, len(group)]
@@ -312,4 +317,5 @@ class Engine:
                 rows, slots = assign(ids, active, group, ids.shape[0])
             outputs, after = self.stages.experts(outputs, routed.h, rows, slots, weights)
             self.source.release(layer, group, after)
+        self._offer(said)
         return outputs

@@ -34,6 +34,9 @@ class ResidentExperts:
     def request(self, layer: int, experts: Sequence[int], by_token: np.ndarray | None = None) -> list[int]:
         return list(experts)
 
+    def ready(self, layer: int, experts: Sequence[int]) -> bool:
+        return True
+
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
         row = self._experts[layer]
         return tuple([row[expert] for expert in experts])

@@ -47,6 +47,10 @@ class ExpertSource(Protocol):
         """
         ...
 
+    def ready(self, layer: int, experts: Sequence[int]) -> bool:
+        """Whether `take` would not have to wait for these experts now."""
+        ...
+
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
         """Blocks until these experts, at most K, are on the device, and pins them."""
         ...

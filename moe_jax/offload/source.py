@@ -152,6 +152,10 @@ class OffloadedExperts:
         rank = {"cached": 0, "prefetched": 0, "late": 1, "missed": 2}
         return [expert for _, expert in sorted(zip(outcomes, experts, strict=True), key=lambda pair: rank[pair[0]])]
 
+    def ready(self, layer: int, experts: Sequence[int]) -> bool:
+        """Whether `take` would not have to wait for these experts now."""
+        return all((layer, int(expert)) in self.store.resident for expert in experts)
+
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
         """Blocks until these experts are on the device, and pins them; what was evicted meanwhile is loaded again.
 

@@ -105,6 +105,9 @@ class AbstractSource:
     def request(self, layer: int, experts: Sequence[int], by_token: np.ndarray | None = None) -> list[int]:
         return list(experts)
 
+    def ready(self, layer: int, experts: Sequence[int]) -> bool:
+        return True
+
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
         return (self._expert,) * len(experts)
 

@@ -90,6 +90,30 @@ def test_a_predictor_speaks_before_layer_0_has_stated_its_needs(model):
     assert np.asarray(decoded).tobytes() == np.asarray(plain.decode(np.array([7], np.int32), state)).tobytes()
 
 
+@pytest.mark.parametrize("missing", [None, 0, 1])
+def test_a_prediction_is_offered_before_a_wait_and_after_work(model, missing, monkeypatch):
+    """`missing`: which of a layer's experts, one call each, has to be waited for."""
+    directory, a, plain = model
+    checkpoint, calls = HFCheckpoint(directory), []
+    monkeypatch.setattr("moe_jax.inference.engine.LARGE_EXPERT", 0)
+    source = Watched(checkpoint)
+    record = Record()
+    needed = lambda layer, expert: record.needed[layer].index(expert)
+    monkeypatch.setattr(source, "ready", lambda layer, experts: needed(layer, *experts) != missing)
+    monkeypatch.setattr(
+        source, "take", lambda layer, experts: calls.append("take") or Watched.take(source, layer, experts)
+    )
+    monkeypatch.setattr(source, "offer", lambda layer, probabilities: calls.append(f"offer {layer}"))
+    engine = Engine(plain.stages, plain.dense, source, predictors.load("router", 2, "", a, checkpoint.dense()))
+    _, state = engine.prefill(prompts([5]), 2)
+    calls.clear()
+    engine.record = record
+    engine.decode(np.array([7], np.int32), state)
+    order = ["take"] * a.top_k
+    order.insert(a.top_k if missing is None else missing, "offer {}")
+    assert calls == ["offer -1", *(call.format(layer) for layer in range(a.num_layers) for call in order)]
+
+
 @pytest.mark.parametrize("name", ["learned", "router"])  # one remembers the last token, one nothing
 def test_a_predictor_that_was_not_asked_for_a_while_is_told_what_it_has_missed(model, name, tmp_path):
     directory, a, plain = model

@@ -42,6 +42,7 @@ class Outlook:
         self._rate = self._history.usual()  # uses by a token, of those after
         self._stale = False  # something has been used since these were worked out
         self._prompt = False  # that runs: of its next layers nothing is known but how many experts they need
+        self._noted: list[tuple[int, Sequence[int], np.ndarray | None]] = []  # has passed, is not booked yet
         self._held = np.zeros((num_layers, num_experts), bool)
         # Row l: the layers in the order in which they come after l.
         self._ahead = (np.arange(num_layers)[:, None] + np.arange(1, num_layers + 1)) % num_layers
@@ -63,6 +64,7 @@ class Outlook:
 
         Layer -1 means before layer 0: the rows are those of the last layer, layer 0's first.
         """
+        self._catch_up()
         if not self._prompt:
             self._look_back()
         targets = self._ahead[layer, : len(probabilities)]
@@ -74,23 +76,32 @@ class Outlook:
     def passed(self, layer: int, experts: Sequence[int] = (), by_token: np.ndarray | None = None) -> None:
         """`layer` has stated its needs: what was predicted for it is dropped.
 
+        Only noted here, as the layer waits meanwhile; it is booked when next something is asked or offered.
+
         Args:
           experts: what it needs.
           by_token: where that is for a whole prompt, what each of its tokens uses: bool [T, E].
         """
-        if layer == 0:
-            self._turn[:] = 0
-        self._value[layer], self._said[layer], self._turn[layer] = self.prior, False, 1
-        last = layer == len(self._value) - 1
-        if by_token is None:
-            self._history.add(layer, experts)
-            self._stale |= last
-        else:
-            self._history.add_prompt(layer, by_token)
-            self._odds[:], self._stale = 1.0, True
-        self._prompt = by_token is not None and not last
-        if last:
-            self._turn[:] = 0
+        self._noted.append((layer, experts, by_token))
+        if len(self._noted) >= len(self._value):
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        for layer, experts, by_token in self._noted:
+            if layer == 0:
+                self._turn[:] = 0
+            self._value[layer], self._said[layer], self._turn[layer] = self.prior, False, 1
+            last = layer == len(self._value) - 1
+            if by_token is None:
+                self._history.add(layer, experts)
+                self._stale |= last
+            else:
+                self._history.add_prompt(layer, by_token)
+                self._odds[:], self._stale = 1.0, True
+            self._prompt = by_token is not None and not last
+            if last:
+                self._turn[:] = 0
+        self._noted.clear()
 
     def _look_back(self) -> None:
         if not self._stale:
@@ -107,6 +118,7 @@ class Outlook:
 
     def clear(self) -> None:
         """Drops every prediction."""
+        self._catch_up()
         self._value[:], self._said[:] = self.prior, False
 
     def hold(self, key: Key, held: bool) -> None:
@@ -115,14 +127,17 @@ class Outlook:
 
     def forget(self, key: Key) -> None:
         """Not worth a load until the next prediction (its load has failed)."""
+        self._catch_up()
         self._value[key] = 0.0
 
     def likely(self, key: Key) -> bool:
         """Whether it is likely enough for a speculative load."""
+        self._catch_up()
         return bool(self._value[key] > self._floor)
 
     def any_likely(self) -> bool:
         """Whether any absent expert is likely enough for a speculative load."""
+        self._catch_up()
         return bool(((self._value > self._floor) & ~self._held).any())
 
     def best(self, layer: int, reach: int | None = None) -> tuple[Key, float] | None:
@@ -139,6 +154,7 @@ class Outlook:
         Returns:
           The key and its probability, which decides about evictions.
         """
+        self._catch_up()
         order = self._ahead[layer, :reach]
         value = self._value[order]
         value[self._held[order] | (value <= self._floor)] = 0.0
@@ -166,5 +182,6 @@ class Outlook:
 
     def _likelihood(self) -> np.ndarray:
         """Of use at the layer's next turn, float32 [L, E]: as predicted, or as the text lets expect."""
+        self._catch_up()
         self._look_back()
         return np.where(self._said[:, None], self._value, self._chance[self._turn, self._layers])

@@ -118,7 +118,6 @@ class Outlook:
 
     def clear(self) -> None:
         """Drops every prediction."""
-        self._catch_up()
         self._value[:], self._said[:] = self.prior, False
 
     def hold(self, key: Key, held: bool) -> None:
@@ -127,7 +126,6 @@ class Outlook:
 
     def forget(self, key: Key) -> None:
         """Not worth a load until the next prediction (its load has failed)."""
-        self._catch_up()
         self._value[key] = 0.0
 
     def likely(self, key: Key) -> bool:

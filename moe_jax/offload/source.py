@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -207,20 +208,24 @@ class OffloadedExperts:
         for depth in (1, 2, 4):
             if depth > self.store.capacity:
                 break
-            self._loader.make_room(depth)
-            turns = [self._keys[i] for i in rng.integers(0, len(self._keys), max(experts, 2 * depth))]
+            count = max(experts, 2 * depth)
+            room = min(count, self.store.capacity)
+            self._loader.make_room(room)
+            turns = [self._keys[i] for i in rng.integers(0, len(self._keys), count)]
+            # Kept, as a run keeps them: what is read over what was read just before is faster than a run's can be.
+            kept: deque[ExpertWeights] = deque(maxlen=room - depth)
             with ThreadPoolExecutor(depth) as pool:
                 began = time.perf_counter()
-                for _ in pool.map(self._load_and_drop, turns):
+                for _ in pool.map(lambda key, kept=kept: kept.append(self._load(key)), turns):
                     pass
                 rates.append(len(turns) * self.bank.link_bytes / (time.perf_counter() - began))
         return max(rates)
 
-    def _load_and_drop(self, key: Key) -> None:
+    def _load(self, key: Key) -> ExpertWeights:
         transfer = self.bank.start(key)
         for index in range(transfer.slices):
             transfer.move(index)
-        transfer.finish()
+        return transfer.finish()
 
     def close(self) -> None:
         """Stops background work, drops the experts and closes the bank. May be called again."""

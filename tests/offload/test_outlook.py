@@ -1,7 +1,9 @@
 """What is worth a speculative copy."""
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 from moe_jax.offload.history import SHARE, YOUNG, History
 from moe_jax.offload.keys import KeySet
@@ -299,3 +301,30 @@ def test_a_token_that_was_interrupted_leaves_no_turn_behind():
     o.passed(1, [0, 1])
     o.passed(0, [0, 1])  # something else begins
     assert list(KeySet(~o.below(np.ones((L, E), bool), 0.9)))[2:] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+ASKED = {
+    "best": lambda o, layer: o.best(layer),
+    "likely": lambda o, layer: [o.likely((layer, expert)) for expert in range(E)],
+    "any_likely": lambda o, layer: o.any_likely(),
+    "expected": lambda o, layer: o.expected(layer, np.ones((L, E), bool)).tolist(),
+    "below": lambda o, layer: o.below(np.ones((L, E), bool), 0.5).tolist(),
+    "offer": lambda o, layer: o.offer(layer, predictions({1: 0.9, 2: 0.6}, {3: 0.8})),
+    "forget": lambda o, layer: o.forget((layer, 1)),
+    "clear": lambda o, layer: o.clear(),
+}
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.integers(0, E - 1), st.sampled_from(["", *ASKED])), min_size=1, max_size=4 * L))
+def test_what_has_passed_counts_from_the_next_question_on_whatever_it_is(steps):
+    """As if it had been booked at once, by an outlook that is asked after every layer."""
+    o, at_once = outlook(), outlook()
+    for turn, (expert, question) in enumerate(steps):
+        layer = turn % L
+        for each in (o, at_once):
+            each.passed(layer, [expert, (expert + 1) % E])
+        at_once.any_likely()
+        if question:
+            assert ASKED[question](o, layer) == ASKED[question](at_once, layer)
+    assert ASKED["expected"](o, 0) == ASKED["expected"](at_once, 0)

@@ -153,6 +153,8 @@ class Outlook:
           The key and its probability, which decides about evictions.
         """
         self._catch_up()
+        if not self._said.any():  # then nothing is likelier than the prior
+            return None
         order = self._ahead[layer, :reach]
         value = self._value[order]
         value[self._held[order] | (value <= self._floor)] = 0.0

@@ -32,8 +32,15 @@ class Reserve(NamedTuple):
     temporaries: int
 
 
-def reserve(a: Architecture, batch: int, positions: int, prefill_chunk: int, itemsize: int) -> Reserve:
-    """The largest request's, for `batch` rows of `positions` each; `itemsize` of the compute dtype."""
+def reserve(
+    a: Architecture, batch: int, positions: int, prefill_chunk: int, itemsize: int, widens: bool = False
+) -> Reserve:
+    """The largest request's, for `batch` rows of `positions` each.
+
+    Args:
+      itemsize: of the compute dtype.
+      widens: experts are quantised, and the device is one for which XLA widens a matrix whole before a product.
+    """
     layer = sum(math.prod(shape) for shape in MODULES[type(a.attention)].cache_shapes(a.attention, batch, positions))
     # Residual stream in and out, attention's and the experts' input, and an output slot for every choice.
     token = (4 + a.top_k) * a.d_model
@@ -43,10 +50,14 @@ def reserve(a: Architecture, batch: int, positions: int, prefill_chunk: int, ite
     # chunks while it is put together.
     scores = 2 * 4 * a.attention.num_heads * max(rows * min(positions, BLOCK), batch * positions)
     joined = CHUNKS * rows * (1 + a.top_k) * a.d_model
+    # Of packed ones a TPU makes nearly two copies, of others one at most.
+    widened = 2 * max(math.prod(shape) for shape in a.expert_shapes().values()) if widens else 0
     return Reserve(
         cache=layer * a.num_layers * itemsize,
         activations=max(batch * positions, CHUNKS * rows) * token * itemsize,
-        temporaries=max(scores + (layer + rows * token) * itemsize, joined * itemsize),
+        temporaries=max(
+            scores + (layer + rows * token) * itemsize, joined * itemsize, (widened + rows * token) * itemsize
+        ),
     )
 
 

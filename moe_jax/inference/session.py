@@ -124,7 +124,10 @@ class Model:
             limit, in_use = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
             if c.offload.tier == "host":
                 in_use = a.num_moe_layers * a.num_experts * self.checkpoint.expert_bytes
-        return auto_budget(limit, in_use, reserve(a, padded(c.batch_size), positions, c.prefill_chunk, itemsize))
+        quantised = isinstance(self.checkpoint.expert_spec.gate_up, tuple)
+        widens = quantised and jax.default_backend() != "cpu"  # there a block at a time
+        reserved = reserve(a, padded(c.batch_size), positions, c.prefill_chunk, itemsize, widens)
+        return auto_budget(limit, in_use, reserved)
 
     def predictor_directory(self) -> str:
         """Where the trained predictor is; empty: there is none."""

@@ -13,10 +13,10 @@ King James Bible (public domain). On Debian 12, without root:
 Dims: B rows of a batch, T context in tokens, N tokens of a stream.
 """
 
+import argparse
 import hashlib
 import json
 import lzma
-import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +25,9 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from moe_jax.errors import UserError
+from moe_jax.outputs import room
 
 DOMAINS = ("code", "docs", "prose")
 SPLITS = ("train", "validation", "test")
@@ -312,6 +315,27 @@ def batch(
     return np.stack(rows).astype(np.int32)
 
 
+def main() -> None:
+    """`prepare` from the command line; a mistake of the user ends in one line."""
+    parser = argparse.ArgumentParser(
+        "python -m moe_jax.training.corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("docs", type=Path, help="folder of the manual's .rst.txt files")
+    parser.add_argument("kjv", type=Path, help="what `bible -f 'gen1:1-rev22:21'` prints")
+    parser.add_argument("output", type=Path, help="folder to write, for train_lm.py")
+    args = parser.parse_args()
+    if not args.docs.is_dir():
+        parser.error(f"{args.docs} is no folder; give that of the manual's .rst.txt files")
+    if not args.kjv.is_file():
+        parser.error(f"{args.kjv} is no file; give one with the output of `bible -f 'gen1:1-rev22:21'`")
+    try:
+        with room(args.output):
+            prepare(Paths(running_stdlib(), args.docs, args.kjv), args.output, seed=0, vocab_size=4096)
+    except UserError as error:
+        parser.error(str(error))
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        parser.error(f"{error.filename} cannot be written ({error.strerror}); choose another place")
+
+
 if __name__ == "__main__":
-    docs_folder, kjv_file, folder = sys.argv[1:]
-    prepare(Paths(running_stdlib(), docs_folder, kjv_file), folder, seed=0, vocab_size=4096)
+    main()

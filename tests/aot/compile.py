@@ -6,6 +6,8 @@ python -m tests.aot.compile {h100,v5e} OUT.json
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -23,12 +25,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moe_jax.checkpoint.families import family
 from moe_jax.inference.compilation import compile_for
 from moe_jax.model.architecture import Architecture
-from moe_jax.model.experts import ExpertWeights
+from moe_jax.model.experts import ExpertWeights, run_experts
 from tests.aot.planted import PLANTED
-from tests.aot.record import POSITIONS, Recorder, abstract_engine, abstract_experts, cache_of, recording
+from tests.aot.record import POSITIONS, QUANTISED, Recorder, abstract_engine, abstract_experts, cache_of, recording
 from tests.families.test_real_sizes import MODELS
 
-NEW_TOKENS = 512
+NEW_TOKENS, CHUNK = 512, 256
 # As XLA describes an H100 SXM.
 H100 = """
 gpu_device_info {
@@ -49,7 +51,8 @@ class Compiled:
     """One executable.
 
     Attributes:
-      model, phase, stage: a key of `MODELS`, "prefill" or "decode", and the name of the jitted function.
+      model, phase, stage: a key of `MODELS`, "prefill" or "decode", and the name of the jitted function; of experts
+        that are quantised, the key and in what form, and "any".
       batch: rows of the request.
       arguments: (shape, dtype) of every array.
       arity, bucket: of a call of experts; 0: it is none.
@@ -134,10 +137,18 @@ def main(target: str, out: str) -> None:
                 # Of a batch only the stages that read the cache: they have the largest temporaries.
                 if batch == 1 or (batch, POSITIONS) in [cache_of(x.shape) for x in jax.tree.leaves(shapes)]:
                     done.append(compiled(compile, model, phase, batch, function, shapes))
+    shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
+    for model in ("Mixtral-8x7B", "gpt-oss-20b"):
+        a = family(MODELS[model].config).read_config(MODELS[model].config)
+        experts = Recorder(functools.partial(run_experts, a.experts.activation), donate_argnums=0)
+        for form, rows in itertools.product(QUANTISED, (1, 2, CHUNK)):
+            index = shape(1, rows, dtype=jnp.int32)
+            hidden = shape(rows * a.top_k, a.d_model), shape(rows, a.d_model)
+            shapes = (*hidden, index, index, (abstract_experts(a, form),))
+            done.append(compiled(compile, f"{model}, {form}", "any", 1, experts, shapes))
     a = family(MODELS["Mixtral-8x7B"].config).read_config(MODELS["Mixtral-8x7B"].config)
     errors = {}
     for name, plant in PLANTED.items():
-        shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
         index = shape(2, 1, dtype=jnp.int32)
         shapes = (shape(2, a.d_model), shape(1, a.d_model), index, index, (abstract_experts(a),) * 2)
         try:

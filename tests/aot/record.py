@@ -11,16 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.checkpoint.quantize import quantized_spec
 from moe_jax.inference.engine import Engine
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import Stages
 from moe_jax.model.experts import ExpertWeights
 from moe_jax.model.layers import MODULES, abstract_dense
+from moe_jax.model.quantized import Mxfp4
 
 POSITIONS = 8192
 """Of the key/value cache: a long prompt and what is generated."""
 PHASES = {"embed": "prefill", "begin": "decode"}
 """By the function that a phase begins with."""
+QUANTISED = ("packed", "int8", "int4", "mxfp4")
 _RNG = np.random.default_rng(0)
 
 
@@ -87,10 +90,15 @@ def recording() -> Iterator[dict[Any, tuple[Recorder, str, Any]]]:
         jax.jit = Recorder.jit
 
 
-def abstract_experts(a: Architecture) -> ExpertWeights:
-    """One expert in bfloat16, without memory."""
+def abstract_experts(a: Architecture, form: str = "none") -> ExpertWeights:
+    """One expert, in bfloat16 or in one of `QUANTISED`, without memory."""
     shapes: Any = {k: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for k, shape in a.expert_shapes().items()}
-    return ExpertWeights(**shapes)
+    expert = ExpertWeights(**shapes)
+    if form != "mxfp4":
+        return quantized_spec(expert, form)
+    byte: Any = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.uint8)
+    mxfp4 = lambda x: Mxfp4(byte(x.shape[0], x.shape[1] // 32, 16), byte(x.shape[0], x.shape[1] // 32))
+    return expert._replace(gate_up=mxfp4(expert.gate_up), down=mxfp4(expert.down))
 
 
 class AbstractSource:

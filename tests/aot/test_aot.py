@@ -22,7 +22,7 @@ from moe_jax.inference.memory import auto_budget, reserve
 from moe_jax.model.layers import abstract_dense
 from tests.aot import compilers
 from tests.aot.checker import Executable, copies_of_weights, host_compute, largest_temporary, over_card, too_many
-from tests.aot.record import POSITIONS, cache_of
+from tests.aot.record import POSITIONS, QUANTISED, cache_of
 from tests.families.test_real_sizes import MODELS
 
 pytestmark = pytest.mark.slow
@@ -33,13 +33,17 @@ CARDS = {
 CHUNK, BF16 = 256, 2
 LARGEST_BATCH = {("v5e", "Mixtral-8x7B"): 1}  # others 8: its cache of 8 rows and 2 experts are more than a v5e has
 NAMES = ("Mixtral-8x7B", "Qwen3-30B-A3B")
-ARCHITECTURES = {name: family(MODELS[name].config).read_config(MODELS[name].config) for name in NAMES}
+WIDENING = ("Mixtral-8x7B", "gpt-oss-20b")
+ARCHITECTURES = {n: family(MODELS[n].config).read_config(MODELS[n].config) for n in {*NAMES, *WIDENING}}
+FORMS = {f"{name}, {form}": name for name in WIDENING for form in QUANTISED}
 
 
 class Result(NamedTuple):
-    """What a target's compiler gave: of the models, of planted stages by name, and what it refused to compile."""
+    """What a target's compiler gave: of the models, of quantised experts, of planted stages by name, and what it
+    refused to compile."""
 
     executables: list[Executable]
+    quantised: list[Executable]
     planted: dict[str, Executable]
     refused: dict[str, str]
 
@@ -66,8 +70,10 @@ def results(tmp_path_factory) -> dict[str, Result]:
             pytest.fail(f"compiling for {target} failed:\n{(folder / f'{target}.log').read_text()[-4000:]}")
         document = json.loads((folder / f"{target}.json").read_text())
         executables = [Executable(**values) for values in document["compiled"]]
-        planted = {e.stage: e for e in executables if e.model not in NAMES}
-        results[target] = Result([e for e in executables if e.model in NAMES], planted, document["errors"])
+        models = [e for e in executables if e.model in NAMES]
+        quantised = [e for e in executables if e.model in FORMS]
+        planted = {e.stage: e for e in executables if e not in models + quantised}
+        results[target] = Result(models, quantised, planted, document["errors"])
     return results
 
 
@@ -141,6 +147,17 @@ def test_fits_the_card(target, result, model):
     assert measured <= estimated < measured + 0.01 * CARDS[target]  # what "auto" sets aside is enough, and no waste
     cache = {cache_of(shape) for e in result.of(model) for shape, _ in e.arguments} - {None}
     assert cache == {(1, POSITIONS), (8, POSITIONS)}  # the cache that was counted is the one compiled for
+
+
+@pytest.mark.parametrize("name", WIDENING)
+def test_widened_experts_fit_what_auto_sets_aside(target, result, name):
+    executables = [e for e in result.quantised if FORMS[e.model] == name]
+    assert {(e.model, e.bucket) for e in executables} == {
+        (form, rows) for form, model in FORMS.items() if model == name for rows in (1, 2, CHUNK)
+    }
+    assert [fault for e in executables for fault in host_compute(e)] == []
+    estimated = reserve(ARCHITECTURES[name], 1, 1, CHUNK, BF16, widens=True).temporaries
+    assert largest_temporary(executables) <= estimated < largest_temporary(executables) + 0.01 * CARDS[target]
 
 
 # ---- the checks find what they are for ---------------------------------------------------------------------------

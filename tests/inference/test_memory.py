@@ -1,5 +1,6 @@
 """What "auto" leaves for experts. That the estimates hold is for tests/aot to say."""
 
+import math
 from contextlib import closing
 
 import jax.numpy as jnp
@@ -17,6 +18,14 @@ def test_reserves_what_the_largest_request_takes():
     assert r.cache == sum(x.nbytes for pair in Stages(TINY, jnp.bfloat16).kv_cache(3, 128) for x in pair)
     assert r.activations == 3 * 128 * (4 + 2) * 32 * 2
     assert r.temporaries > 16 * 4 * 128 * (4 + 4)  # the scores of 16 rows and 4 heads
+
+
+def test_experts_that_are_widened_whole_take_room():
+    plain, widening = (reserve(TINY, 1, 64, 16, 4, widens) for widens in (False, True))
+    matrix = max(math.prod(shape) for shape in TINY.expert_shapes().values())
+    assert widening.temporaries >= 2 * matrix * 4 and widening[:2] == plain[:2]
+    # Compared with a long context they do not matter: no two executables run at once.
+    assert reserve(TINY, 8, 4096, 16, 4, True) == reserve(TINY, 8, 4096, 16, 4, False)
 
 
 def test_auto_is_what_is_left():

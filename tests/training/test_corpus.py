@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -186,3 +187,29 @@ def test_batch_follows_weights_step_and_seed():
 def test_batch_reaches_both_ends_of_a_stream():
     rows = corpus.batch({"a": np.arange(6, dtype=np.uint16)}, {"a": 1}, 0, 0, 200, 3)
     assert set(rows[:, 0].tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"docs": "nowhere"}, "nowhere is no folder; give that of the manual's"),
+        ({"kjv": "nowhere"}, "nowhere is no file; give one with the output of `bible"),
+        ({"output": "{kjv}"}, "cannot be written (File exists); choose another place"),
+        ({"output": "{kjv}/folder"}, "cannot be written (Not a directory); choose another place"),
+        ({"limit": 2000}, "cannot be written (File too large); free some space and give the same command again"),
+    ],
+)
+def test_a_mistake_at_the_command_line_is_one_line(sources, tmp_path, monkeypatch, capsys, wrong, said):
+    monkeypatch.setattr(corpus, "running_stdlib", lambda: sources.stdlib)
+    given = {"docs": str(sources.docs), "kjv": str(sources.kjv), "output": str(tmp_path / "out"), **wrong}
+    limit = given.pop("limit", None)
+    monkeypatch.setattr("sys.argv", ["corpus", *(text.format(kjv=sources.kjv) for text in given.values())])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit:  # as a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            corpus.main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ended.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]

@@ -135,6 +135,24 @@ MUTANTS = {
     "modes that ask no network of later use": Mutant(
         "moe_jax/evaluation/lab.py", {"future, self.model.usage)": "future)"}, "tests/evaluation/test_lab.py"
     ),
+    "what has passed is booked too late for a search": Mutant(
+        "moe_jax/offload/outlook.py",
+        {"        self._catch_up()\n        if not self._said.any()": "        if not self._said.any()"},
+        OFFLOAD,
+    ),
+    "a plain reader that reads into the same memory": Mutant(
+        "moe_jax/evaluation/reader.py",
+        {"max(*DEPTHS, -(-SPREAD_BYTES // nbytes))": "max(DEPTHS)"},
+        "tests/evaluation/test_reader.py",
+    ),
+    "no room to widen quantised experts": Mutant(
+        "moe_jax/inference/memory.py", {" if widens else 0": " if False else 0"}, "tests/inference/test_memory.py"
+    ),
+    "a product with MXFP4 that XLA cannot compile for a GPU": Mutant(
+        "moe_jax/model/quantized.py",
+        {"pairs[:, :, 0], even": "x[:, ::2], even", "pairs[:, :, 1], odd": "x[:, 1::2], odd"},
+        AHEAD_OF_TIME,
+    ),
     "the farthest layer first": Mutant(
         "moe_jax/offload/outlook.py", {"value.any(1).argmax()": "value.any(1).cumsum().argmax()"}, OFFLOAD
     ),

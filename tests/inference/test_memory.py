@@ -21,9 +21,9 @@ def test_reserves_what_the_largest_request_takes():
 
 
 def test_experts_that_are_widened_whole_take_room():
-    plain, widening = (reserve(TINY, 1, 64, 16, 4, widens) for widens in (False, True))
+    plain, widening = (reserve(TINY, 1, 1, 1, 4, widens) for widens in (False, True))
     matrix = max(math.prod(shape) for shape in TINY.expert_shapes().values())
-    assert widening.temporaries >= 2 * matrix * 4 and widening[:2] == plain[:2]
+    assert widening.temporaries >= 2 * matrix * 4 > plain.temporaries and widening[:2] == plain[:2]
     # Compared with a long context they do not matter: no two executables run at once.
     assert reserve(TINY, 8, 4096, 16, 4, True) == reserve(TINY, 8, 4096, 16, 4, False)
 

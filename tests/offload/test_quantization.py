@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import moe_jax
 from moe_jax.checkpoint.convert import convert
 from moe_jax.checkpoint.converted import Converted, open_checkpoint
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.checkpoint.quantize import dequantize
 from moe_jax.errors import UserError
 from moe_jax.evaluation.agreement import compare
+from moe_jax.inference import session
 from moe_jax.inference.engine import Engine
+from moe_jax.inference.memory import Reserve
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.inference.session import shipped
 from moe_jax.inference.text import Tokenizer
@@ -168,3 +172,16 @@ def test_cost_on_held_out_text(tmp_path, form, limit):
     for text in texts:
         ids = Tokenizer(original.directory).encode(text.read_text(encoding="utf-8"))[:2000]
         assert compare(original, quantised, ids).kl < limit
+
+
+@pytest.mark.parametrize(
+    ("form", "platform", "widens"),
+    [("int4", "gpu", True), ("packed", "tpu", True), ("none", "gpu", False), ("int4", "cpu", False)],
+)
+def test_auto_leaves_room_to_widen_on_accelerators(converted, monkeypatch, form, platform, widens):
+    asked = []
+    with closing(moe_jax.load(checkpoint=str(converted[form].directory), prefetch={"predictor": "none"})) as model:
+        monkeypatch.setattr(session, "reserve", lambda *args: asked.append(args) or Reserve(0, 0, 0))
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        model._auto_budget()
+    assert [args[-1] for args in asked] == [widens]

@@ -20,8 +20,8 @@ from moe_jax.model.experts import Key
 
 DEPTHS = (1, 2, 4, 8)
 SPREAD_BYTES = 1 << 27
-"""That are read before the first memory is read into again. What is read over what was read just before stays in
-caches on its way, and is 1.1 to 1.2 times as fast (measured, 5 MB): no run can have that, as it keeps what it reads."""
+"""That are read before the first memory is read into again. Over what was read just before, a read is about 1.1
+times as fast (measured, 5 MB): no run can have that, as it keeps what it reads."""
 
 
 class Reading:

@@ -24,10 +24,11 @@ from moe_jax.evaluation.modes import BASELINE, Mode
 from moe_jax.evaluation.reader import DiskReader
 from moe_jax.inference import bounds, metrics
 from moe_jax.inference.compilation import compile_for
-from moe_jax.inference.engine import Engine, Record
+from moe_jax.inference.engine import Engine
 from moe_jax.inference.generate import Generation
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.session import Model
+from moe_jax.inference.state import Record
 from moe_jax.model.decoder import committed
 from moe_jax.model.experts import ExpertWeights, Key, widened
 from moe_jax.offload.bank import HostBank

@@ -17,10 +17,11 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.inference import execution, metrics
-from moe_jax.inference.engine import DecodeState, Engine, Record
+from moe_jax.inference.engine import Engine
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.session import Model
+from moe_jax.inference.state import DecodeState, Record
 from moe_jax.model.architecture import Routing
 from moe_jax.model.decoder import Routed
 from moe_jax.model.experts import ExpertSource
@@ -177,13 +178,13 @@ class _Watching(execution.Planned):
 
     def decide(
         self, layer: int, routed: Routed, plan: execution.Plan | None, memory: Any, active: np.ndarray
-    ) -> tuple[np.ndarray, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array]:
         true = np.asarray(routed.ids)
         if plan is not None:
             guessed = np.asarray(plan.ids)
             self.hits[layer] += sum(len(set(t) & set(g)) for t, g in zip(true[active], guessed[active], strict=True))
             self.asked[layer] += true[active].size
-        return true, routed.gates
+        return routed.ids, routed.gates
 
 
 def recall_by_layer(

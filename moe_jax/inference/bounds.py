@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from moe_jax.inference.engine import DecodeState, Engine, Record
-from moe_jax.inference.grouping import arities, assign, unique_in_order
-from moe_jax.model.decoder import Stream
+from moe_jax.inference.engine import Call, Engine
+from moe_jax.inference.grouping import groups, unique_in_order
+from moe_jax.inference.state import DecodeState, Record
+from moe_jax.model.decoder import Stream, committed
 from moe_jax.model.experts import ExpertWeights, Key
 
 
@@ -50,7 +51,7 @@ class Replay:
     def _step(self, state: DecodeState, step: int, batch: int) -> float:
         engine, stages, plan = self._engine, self._engine.stages, self._plans[step]
         lengths, active = self._record.lengths[step], self._record.active[step]
-        positions = np.where(active, lengths, self._capacity).astype(np.int32)[:, None]
+        positions = jax.device_put(np.where(active, lengths, self._capacity).astype(np.int32)[:, None])
         started = time.perf_counter()
         x = stages.begin(engine.dense, np.zeros(batch, np.int32))
         for index, layer in engine.numbered:
@@ -59,9 +60,9 @@ class Replay:
                 continue
             routed = stages.route(index, engine.dense, state.rope, x, positions, state.kv)
             outputs = routed.outputs
-            for experts, rows, slots in plan[layer]:
+            for experts, call in plan[layer]:
                 weights = tuple([self._weights_of(layer, expert) for expert in experts])
-                outputs, _ = stages.experts(outputs, routed.h, rows, slots, weights)
+                outputs, _ = call(outputs, routed.h, weights)
             x = Stream(routed.residual, outputs, routed.gates)
         stages.head(engine.dense, x).block_until_ready()
         return time.perf_counter() - started
@@ -74,13 +75,11 @@ def replay(
     return float(np.median(Replay(engine, record, weights_of, capacity, steps).run()))
 
 
-def _plan(engine: Engine, record: Record, step: int, layer: int) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
+def _plan(engine: Engine, record: Record, step: int, layer: int) -> list[tuple[Sequence[int], Call]]:
+    """The calls of a layer's experts, each with its experts."""
     ids, active = record.ids[step * engine.architecture.num_moe_layers + layer], record.active[step]
-    needed, calls = unique_in_order(ids, active), []
-    for size in arities(len(needed), engine.together):
-        group, needed = needed[:size], needed[size:]
-        calls.append((group, *assign(ids, active, group, ids.shape[0])))
-    return calls
+    chosen, needed = committed(ids), unique_in_order(ids, active)
+    return [(group, engine.call(chosen, active, group)) for group in groups(needed, engine.together)]
 
 
 def lru_misses(record: Record, num_layers: int, experts_in_budget: int) -> list[Key]:

@@ -36,9 +36,15 @@ def compile_for(engine: Engine, prompt_lengths: Sequence[int], new_tokens: int, 
             else:
                 stages.dense_layer(layer, dense, rope, x, positions, kv)
         h, outputs = routed.h, routed.outputs
-        if decoding:
+        arities = [arity for arity in (1, 2, 4, 8) if arity <= engine.together]
+        if decoding and B == 1:
+            shapes = []
+            for arity in arities:
+                call = engine.call(routed.ids, np.ones(1, bool), [0] * arity)
+                outputs, _ = call(outputs, h, (example,) * arity)
+        elif decoding:
             buckets = sorted({bucket(n, B) for n in range(1, B + 1)})
-            shapes = [(arity, size) for arity in (1, 2, 4, 8) if arity <= engine.together for size in buckets]
+            shapes = [(arity, size) for arity in arities for size in buckets]
         else:
             if chunks > 1:
                 h, outputs = stages.join([h] * CHUNKS)

@@ -7,11 +7,9 @@ resident ones.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,57 +17,34 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.inference.block import Block
 from moe_jax.inference.execution import Execution
-from moe_jax.inference.forecast import Forecast
-from moe_jax.inference.grouping import arities, assign, padded, power_of_two, unique_in_order, used_by_token
+from moe_jax.inference.forecast import Announced, Forecast
+from moe_jax.inference.grouping import assign, groups, padded, power_of_two, unique_in_order, used_by_token
+from moe_jax.inference.state import DecodeState, Record
 from moe_jax.model.architecture import Architecture
-from moe_jax.model.decoder import CHUNKS, KVCache, Routed, Stages, Stream, committed, still
-from moe_jax.model.experts import ExpertSource
+from moe_jax.model.decoder import CHUNKS, Routed, Stages, Stream, committed, still
+from moe_jax.model.experts import ExpertSource, ExpertWeights
 
 SMALL_CHUNK = 32
 LEAST_CAPACITY = 256
 LARGE_EXPERT = 1 << 18
 """Parameters from which on an expert's computation is worth a call of its own: those that are here run while others
 are still on their way. Smaller ones share calls, since a call costs more than it could hide."""
-MEMORY_TOKENS = 256
-"""Tokens that a predictor is told of afterwards when it was not asked for a while."""
+AHEAD = 0.5
+"""Likelier experts are dispatched before it is known what the router has chosen. A wrong one costs a call, which does
+nothing."""
+Call = Callable[[jax.Array, jax.Array, tuple[ExpertWeights, ...]], tuple[jax.Array, jax.Array]]
+"""Runs a group of experts: output slots, h and the weights, to the updated slots and what is ready when it has run."""
 Sink = Callable[[int, int, Routed], None]
 """Receives (layer among those with experts, chunk, Routed with what the experts gave in `outputs`) during prefill, when
 the layer's experts have run; rows are [B, Tc] flattened."""
 
 
-@dataclasses.dataclass
-class DecodeState:
-    """Everything a running batch carries from step to step."""
+class Ahead(NamedTuple):
+    """Experts of a layer that were dispatched before its router had chosen."""
 
-    kv: KVCache
-    rope: jax.Array  # [S, 2, H / 2]
-    lengths: np.ndarray  # int32 [B]: positions filled; the next token of a row goes to this position
-    active: np.ndarray  # bool [B]: rows still generating
-    predictor: Any = None  # the predictor's own state
-    memory: Any = None  # the execution mode's own state
-    unseen: deque[np.ndarray] = dataclasses.field(default_factory=lambda: deque(maxlen=MEMORY_TOKENS))
-    step: int = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.kv[0][0].shape[2]
-
-
-@dataclasses.dataclass
-class Record:
-    """Routing of a run, as the decode loop saw it; decode lists have one entry per step and expert layer.
-
-    When a step was interrupted its layers stand at the end of the lists, beyond the `len(active)` complete steps.
-    """
-
-    prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per layer
-    needed: list[list[int]] = dataclasses.field(default_factory=list)
-    ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B, K]
-    routed: list[np.ndarray] = dataclasses.field(default_factory=list)  # the router's own ids; empty: those that ran
-    # float32 [E], for the layer after; None where no prediction was made
-    predicted: list[np.ndarray | None] = dataclasses.field(default_factory=list)
-    active: list[np.ndarray] = dataclasses.field(default_factory=list)  # bool [B], per step
-    lengths: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B], per step
+    experts: list[int]
+    outputs: jax.Array  # the layer's output slots after them
+    after: jax.Array | None  # ready when they have run; None if there are none
 
 
 class Engine:
@@ -107,14 +82,7 @@ class Engine:
         ordinal = {layer: i for i, layer in enumerate(self.architecture.moe_layers)}
         # Every layer, and its number among those that have experts: what sources, predictors and records count by.
         self.numbered = [(layer, ordinal.get(layer)) for layer in range(self.architecture.num_layers)]
-        # Rows and slots of `size` experts from the router's choice `start` on, for one row: put on the device once.
-        top_k = self.architecture.top_k
-        slots = lambda start, size: np.arange(start, start + size, dtype=np.int32)[:, None]
-        self._single = {
-            (start, size): jax.device_put((np.zeros((size, 1), np.int32), slots(start, size)))
-            for start in range(top_k)
-            for size in range(1, min(self.together, top_k - start) + 1)
-        }
+        self._numbers = [committed(np.int32(expert)) for expert in range(self.architecture.num_experts)]
 
     def use_predictor(self, predictor: tuple[Any, Any, Any] | None) -> None:
         """Replaces the predictor, with its spec and parameters; compile again before the next request."""
@@ -225,11 +193,11 @@ class Engine:
         x = stages.begin(self.dense, tokens)
         self.source.begin_token(state.step)
         forecast, plan, said, true = self._predicting(state), None, None, []
-        # `plan`: of the next layer. `said`: a prediction that has not been read: the layer it was made at, and it.
+        # `plan`: of the next layer. `said`: what was last predicted.
         if forecast is not None:
             first, state.predictor = forecast.begin(state.predictor, x.residual, tokens, state.active)
             if first is not None:
-                said, plan = (-1, first[0]), first[1]
+                said, plan = Announced(-1, first[0]), first[1]
         for index, layer in self.numbered:
             if layer is None:
                 x = stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
@@ -238,22 +206,23 @@ class Engine:
             predicted = None
             if forecast is not None:
                 predicted, state.predictor = forecast.after(layer, state.predictor, routed, state.active)
-            if layer == 0:  # read only now: the device has work while the host reads
-                self._offer(said)
+            # Predictions are read only now: the device has work meanwhile.
+            ahead = self._run_ahead(layer, routed, state.active, said)
+            self._offer(said)
             if self.execution is None:
-                ids, gates = np.asarray(routed.ids), routed.gates
-            else:  # a planned layer is dispatched without waiting for its router
+                ids, gates = routed.ids, routed.gates
+            else:
                 ids, gates = self.execution.decide(layer, routed, plan, state.memory, state.active)
             said = None
             if predicted is not None:
-                probabilities, plan = predicted
-                said = layer, probabilities
+                said, plan = Announced(layer, predicted[0]), predicted[1]
             elif self.record:
                 self.record.predicted.append(None)
-            outputs = self._run_layer(layer, routed, ids, state.active, said)
+            outputs = self._run_layer(layer, routed, ids, state.active, said, ahead)
             x = Stream(routed.residual, outputs, gates)
             true.append(np.asarray(routed.ids))
         logits = stages.head(self.dense, x)
+        self._offer(said)
         if self.record:  # only now: an interrupted step is not one
             self.record.active.append(state.active)
             self.record.lengths.append(state.lengths)
@@ -265,16 +234,17 @@ class Engine:
         state.step += 1
         return logits
 
-    def _offer(self, said: tuple[int, jax.Array] | None) -> None:
-        """Reads a prediction [H, E] made at a layer (-1: before layer 0), if there is one, and passes it on."""
-        if said is None:
+    def _offer(self, said: Announced | None) -> None:
+        """Passes a prediction on, if there is one that has not been."""
+        if said is None or said.offered:
             return
-        layer, probabilities = said[0], np.asarray(said[1])
-        if layer >= 0 and np.isnan(probabilities[0, 0]):
+        probabilities = said.probabilities
+        if said.layer >= 0 and np.isnan(probabilities[0, 0]):
             assert self.forecast is not None
             raise UserError(f"predictor {self.forecast.predictor.name}: the run is not the one it was made for")
-        self.source.offer(layer, probabilities)
-        if self.record and layer >= 0:
+        self.source.offer(said.layer, probabilities)
+        said.offered = True
+        if self.record and said.layer >= 0:
             self.record.predicted.append(probabilities[0])
 
     def _predicting(self, state: DecodeState) -> Forecast | None:
@@ -290,32 +260,49 @@ class Engine:
             state.unseen.clear()
         return forecast
 
+    def _run_ahead(self, layer: int, routed: Routed, active: np.ndarray, said: Announced | None) -> Ahead:
+        """Dispatches the likely experts that are there before it is known what the router has chosen.
+
+        So the device has work while the host finds out and goes on. Only for one token, and where each expert has a
+        call of its own anyway: how something is calculated must not depend on what is there.
+        """
+        outputs, experts, after = routed.outputs, [], None
+        if said is None or self.execution is not None or self.together > 1 or len(active) > 1:
+            return Ahead(experts, outputs, after)
+        likely = np.flatnonzero(said.probabilities[0] > AHEAD).tolist()
+        for expert, weights in self.source.borrow(layer, likely) if likely else ():
+            outputs, after = self.call(routed.ids, active, [expert])(outputs, routed.h, (weights,))
+            experts.append(expert)
+        return Ahead(experts, outputs, after)
+
     def _run_layer(
-        self, layer: int, routed: Routed, ids: np.ndarray, active: np.ndarray, said: tuple[int, jax.Array] | None
+        self, layer: int, routed: Routed, chosen: jax.Array, active: np.ndarray, said: Announced | None, ahead: Ahead
     ) -> jax.Array:
-        """What the experts give; `said`: a prediction, offered before waiting for one of them, or else after all."""
-        outputs = routed.outputs
-        single = ids.shape[0] == 1
-        needed = ids[0].tolist() if single else unique_in_order(ids, active)
+        """What the experts give; `said`: a prediction, offered before waiting for one of them."""
+        ids = np.asarray(chosen)
+        needed = ids[0].tolist() if len(ids) == 1 else unique_in_order(ids, active)
         if self.record:
             self.record.needed.append(needed)
             self.record.ids.append(ids)
         rank = {expert: i for i, expert in enumerate(self.source.request(layer, needed))}
-        groups, start = [], 0
-        for size in arities(len(needed), self.together):
-            groups.append((start, needed[start : start + size]))
-            start += size
-        groups.sort(key=lambda group: max(rank[expert] for expert in group[1]))  # resident groups first
-        for start, group in groups:
-            if said is not None and not self.source.ready(layer, group):
+        outputs = ahead.outputs
+        if ahead.after is not None:
+            self.source.give_back(layer, ahead.experts, needed, ahead.after)
+            needed = [expert for expert in needed if expert not in ahead.experts]
+        # Resident groups first.
+        for group in sorted(groups(needed, self.together), key=lambda group: max(rank[expert] for expert in group)):
+            if not self.source.ready(layer, group):
                 self._offer(said)
-                said = None
             weights = self.source.take(layer, group)
-            if single:
-                rows, slots = self._single[start, len(group)]
-            else:
-                rows, slots = assign(ids, active, group, ids.shape[0])
-            outputs, after = self.stages.experts(outputs, routed.h, rows, slots, weights)
+            outputs, after = self.call(chosen, active, group)(outputs, routed.h, weights)
             self.source.release(layer, group, after)
-        self._offer(said)
         return outputs
+
+    def call(self, chosen: Any, active: np.ndarray, group: Sequence[int]) -> Call:
+        """How a group of experts is called for rows that have `chosen` int32 [B, K]; `active` bool [B]: which count."""
+        if len(chosen) == 1:
+            numbers = tuple([self._numbers[expert] for expert in group])
+            return lambda outputs, h, weights: self.stages.chosen(outputs, h, chosen, numbers, weights)
+        ids = np.asarray(chosen)
+        rows, slots = assign(ids, active, group, len(ids))
+        return lambda outputs, h, weights: self.stages.experts(outputs, h, rows, slots, weights)

@@ -66,8 +66,8 @@ class Execution(Protocol):
 
     def decide(
         self, layer: int, routed: Routed, plan: Plan | None, memory: Any, active: np.ndarray
-    ) -> tuple[np.ndarray, jax.Array]:
-        """What layer `layer` runs: ids int32 [B, K] on the host, gates float32 [B, K]. Updates `memory`."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """What layer `layer` runs: ids int32 [B, K], gates float32 [B, K]. Updates `memory`."""
         ...
 
     def warm_up(self, routed: Routed) -> Any:
@@ -105,11 +105,11 @@ class Planned:
 
     def decide(
         self, layer: int, routed: Routed, plan: Plan | None, memory: Any, active: np.ndarray
-    ) -> tuple[np.ndarray, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array]:
         if plan is None or not self.layers[layer]:
-            return np.asarray(routed.ids), routed.gates
+            return routed.ids, routed.gates
         gates = plan.gates if self._predicted_gates else self._regate(routed.logits, plan.ids)
-        return np.asarray(plan.ids), gates
+        return plan.ids, gates
 
     def warm_up(self, routed: Routed) -> Any:
         return self._regate(routed.logits, routed.ids)
@@ -165,16 +165,15 @@ class CacheAware:
 
     def decide(
         self, layer: int, routed: Routed, plan: Plan | None, memory: list[LogicalCache], active: np.ndarray
-    ) -> tuple[np.ndarray, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array]:
         resident = np.zeros(routed.logits.shape, np.float32)  # rows past the prompts are padding
         for row, cache in enumerate(memory):
             resident[row] = cache.resident[layer]
         chosen, gates = self._prefer(routed.logits, resident, self._corrections[layer])
-        ids = np.asarray(chosen)
-        for cache, used, running in zip(memory, ids.tolist(), active, strict=False):
+        for cache, used, running in zip(memory, np.asarray(chosen).tolist(), active, strict=False):
             if running:
                 cache.use(layer, used)
-        return ids, gates
+        return chosen, gates
 
     def warm_up(self, routed: Routed) -> Any:
         return self._prefer(routed.logits, np.zeros(routed.logits.shape, np.float32), self._corrections[0])

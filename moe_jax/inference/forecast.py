@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import timeit
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,23 @@ from moe_jax.prediction.interface import Features, Prediction, Predictor, Spec, 
 Said = tuple[jax.Array, Plan | None]
 """P(needed by any active row) float32 [H, E] for the layers that follow; what the first of them is to run, if the
 execution mode plans that."""
+
+
+class Announced:
+    """A prediction made at a layer (-1: before layer 0), which can be read as soon as it has been worked out.
+
+    Attributes:
+      offered: whether the source has been told.
+    """
+
+    def __init__(self, layer: int, probabilities: jax.Array):
+        """`probabilities`: float32 [H, E] for the layers that follow."""
+        self.layer, self._device, self.offered = layer, probabilities, False
+
+    @functools.cached_property
+    def probabilities(self) -> np.ndarray:
+        """On the host."""
+        return np.asarray(self._device)
 
 
 class Forecast:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moe_jax.inference.engine import Engine, Record
+from moe_jax.inference.engine import Engine
 from moe_jax.inference.sampling import Sampling, sample
+from moe_jax.inference.state import Record
 from moe_jax.inference.text import StreamDecoder, Tokenizer
 
 

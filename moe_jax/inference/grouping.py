@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,6 +62,12 @@ def arities(count: int, top_k: int) -> list[int]:
         sizes.append(arity)
         count -= arity
     return sizes
+
+
+def groups(experts: Sequence[int], most: int) -> list[Sequence[int]]:
+    """Experts in calls of `arities`, in their order."""
+    starts = itertools.accumulate(sizes := arities(len(experts), most), initial=0)
+    return [experts[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 def unique_in_order(ids: np.ndarray, active: np.ndarray) -> list[int]:

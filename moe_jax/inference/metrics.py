@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from moe_jax.inference import bounds
-from moe_jax.inference.engine import Engine, Record
+from moe_jax.inference.engine import Engine
 from moe_jax.inference.generate import Generation
 from moe_jax.inference.grouping import unique_in_order
+from moe_jax.inference.state import Record
 from moe_jax.model.experts import ExpertWeights
 
 PERCENTILES = {"median": 50, "p90": 90, "p99": 99}

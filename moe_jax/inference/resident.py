@@ -37,6 +37,12 @@ class ResidentExperts:
     def ready(self, layer: int, experts: Sequence[int]) -> bool:
         return True
 
+    def borrow(self, layer: int, experts: Sequence[int]) -> list[tuple[int, ExpertWeights]]:
+        return [(expert, self._experts[layer][expert]) for expert in experts]
+
+    def give_back(self, layer: int, experts: Sequence[int], needed: Sequence[int], after: jax.Array) -> None:
+        pass
+
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
         row = self._experts[layer]
         return tuple([row[expert] for expert in experts])

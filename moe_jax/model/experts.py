@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
@@ -51,6 +52,20 @@ class ExpertSource(Protocol):
         """Whether `take` would not have to wait for these experts now."""
         ...
 
+    def borrow(self, layer: int, experts: Sequence[int]) -> list[tuple[int, ExpertWeights]]:
+        """Those of these experts that are on the device, pinned, before `layer` states what it needs.
+
+        None of them, where computing with an expert before that might hold up what the layer will demand.
+        """
+        ...
+
+    def give_back(self, layer: int, experts: Sequence[int], needed: Sequence[int], after: jax.Array) -> None:
+        """Unpins what was borrowed, once `layer` has requested what it needs; `after` as for `release`.
+
+        Those of them that are `needed` count as taken and released.
+        """
+        ...
+
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
         """Blocks until these experts, at most K, are on the device, and pins them."""
         ...
@@ -89,6 +104,42 @@ def widened(w: ExpertWeights, dtype: Any) -> ExpertWeights:
 def run_expert(x: jax.Array, w: ExpertWeights, activation: Activation) -> jax.Array:
     """One expert on rows x [R, D], computed in x's dtype; gives [R, D]."""
     return project(gated(project(x, w.gate_up, w.gate_up_bias), activation), w.down, w.down_bias)
+
+
+def run_chosen(
+    activation: Activation,
+    outputs: jax.Array,
+    h: jax.Array,
+    ids: jax.Array,
+    experts: tuple[jax.Array, ...],
+    weights: tuple[ExpertWeights, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Runs those of A experts that one token's router has chosen: the call can be made before anyone has read `ids`.
+
+    A CPU skips the others; an accelerator computes them too, and their outputs go nowhere.
+
+    Args:
+      activation: of every expert.
+      outputs: the token's output slots, one for each choice, [K, D]; donated.
+      h: normalised residual, [1, D].
+      ids: int32 [1, K], the router's choice.
+      experts: int32 [] each, the A experts' numbers.
+      weights: theirs.
+
+    Returns:
+      The updated slots, and a scalar that is ready exactly when this computation has completed.
+    """
+    for expert, own in zip(experts, weights, strict=True):
+        chosen = (ids[0] == expert)[:, None]
+
+        def run(outputs, chosen=chosen, own=own):
+            return jnp.where(chosen, run_expert(h, own, activation).astype(outputs.dtype), outputs)
+
+        def run_if_chosen(outputs, chosen=chosen, run=run):
+            return jax.lax.cond(chosen.any(), run, lambda outputs: outputs, outputs)
+
+        outputs = jax.lax.platform_dependent(outputs, cpu=run_if_chosen, default=run)
+    return outputs, outputs[0, 0]
 
 
 def run_experts(

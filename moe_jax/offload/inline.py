@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,10 @@ class InlineLoader(Loader):
         """Waits for nothing: arrays in flight are dropped."""
         super().close()
         self._flights.clear()
+
+    def borrow(self, keys: Sequence[Key]) -> list[tuple[Key, ExpertWeights]]:
+        """Nothing: the copies that the layer will demand might have to wait for what is dispatched before them."""
+        return []
 
     def _kick(self) -> None:
         self._poll()

@@ -128,15 +128,29 @@ class Loader:
                 self._pending.pop(key, None)
             return tuple([self.store.pin(key) for key in keys]), stall
 
+    def borrow(self, keys: Sequence[Key]) -> list[tuple[Key, ExpertWeights]]:
+        """Pins and returns those of these keys that are on the device; whether they are needed is not known yet."""
+        with self._lock:
+            if self._closed:
+                return []
+            return [(key, self.store.pin(key, used=False)) for key in keys if key in self.store.resident]
+
+    def give_back(self, keys: Sequence[Key], needed: Sequence[Key], after: jax.Array) -> None:
+        """Ends what `borrow` began, after the `request`; those that were `needed` then count as taken and released."""
+        with self._lock:
+            if self._closed:
+                return
+            for key in needed:
+                self._pending.pop(key, None)
+                self.store.resident[key].load.used = True
+            self._unpin(keys, after)
+
     def release(self, keys: Sequence[Key], after: jax.Array) -> None:
         """Unpins what was taken; it is in use until `after` is ready."""
         with self._lock:
             if self._closed:
                 return
-            for key in keys:
-                self.store.unpin(key, after)
-            if self._starved:
-                self._kick()
+            self._unpin(keys, after)
 
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
         """Predictions float32 [H, E] for the layers after `layer`."""
@@ -228,6 +242,12 @@ class Loader:
             self._busy += 0.02 * (min(busy_s / (now - self._last_request), 1.0) - self._busy)
             self._outlook.busy(self._busy)
         self._last_request = now
+
+    def _unpin(self, keys: Sequence[Key], after: jax.Array) -> None:
+        for key in keys:
+            self.store.unpin(key, after)
+        if self._starved:
+            self._kick()
 
     def _classify(self, key: Key) -> Outcome:
         entry = self.store.resident.get(key)

@@ -157,6 +157,21 @@ class OffloadedExperts:
         """Whether `take` would not have to wait for these experts now."""
         return all((layer, int(expert)) in self.store.resident for expert in experts)
 
+    def borrow(self, layer: int, experts: Sequence[int]) -> list[tuple[int, ExpertWeights]]:
+        """Those of these experts that are on the device, pinned, before `layer` states what it needs.
+
+        None of them, where computing with an expert before that might hold up what the layer will demand.
+        """
+        return [(key[1], weights) for key, weights in self._loader.borrow([(layer, expert) for expert in experts])]
+
+    def give_back(self, layer: int, experts: Sequence[int], needed: Sequence[int], after: jax.Array) -> None:
+        """Unpins what was borrowed, once `layer` has requested what it needs; `after` as for `release`.
+
+        Those of them that are `needed` count as taken and released.
+        """
+        keys = [(layer, expert) for expert in experts]
+        self._loader.give_back(keys, [key for key in keys if key[1] in needed], after)
+
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
         """Blocks until these experts are on the device, and pins them; what was evicted meanwhile is loaded again.
 

@@ -114,11 +114,11 @@ class ArrayStore:
         """Tells the policy that `key` is needed, or was worth a speculative load."""
         self._state = self._policy.on_use(self._state, key, needed)
 
-    def pin(self, key: Key) -> ExpertWeights:
-        """Guards a resident expert against eviction until as many `unpin`."""
+    def pin(self, key: Key, used: bool = True) -> ExpertWeights:
+        """Guards a resident expert against eviction until as many `unpin`; `used`: something computes with it."""
         entry = self.resident[key]
         entry.pins += 1
-        entry.load.used = True
+        entry.load.used |= used
         self.unpinned[key] = False
         return entry.weights
 

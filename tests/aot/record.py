@@ -116,6 +116,12 @@ class AbstractSource:
     def ready(self, layer: int, experts: Sequence[int]) -> bool:
         return True
 
+    def borrow(self, layer: int, experts: Sequence[int]) -> list[tuple[int, ExpertWeights]]:
+        return []
+
+    def give_back(self, layer: int, experts: Sequence[int], needed: Sequence[int], after: Any) -> None:
+        pass
+
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
         return (self._expert,) * len(experts)
 

@@ -201,6 +201,6 @@ def test_find_a_budget_larger_than_the_card(target, result):
 
 def test_find_an_executable_too_many(result):
     """One per layer, as a layer number that is a Python constant would make them."""
-    for stage in ("route", "run_experts", "combine"):
+    for stage in ("route", "run_experts", "run_chosen", "combine"):
         extra = next(e for e in result.executables if e.stage == stage)
         assert too_many([*result.of(extra.model), extra], 1)

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.evaluation import paired
 from moe_jax.inference import bounds
-from moe_jax.inference.engine import Record
+from moe_jax.inference.state import Record
 
 
 def test_turns_rotate():

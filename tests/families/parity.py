@@ -27,7 +27,8 @@ from flax import nnx
 from moe_jax.checkpoint.convert import convert
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.inference import bounds
-from moe_jax.inference.engine import Engine, Record
+from moe_jax.inference.engine import Engine
+from moe_jax.inference.state import Record
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.model.experts import ExpertWeights, run_expert

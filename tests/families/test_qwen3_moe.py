@@ -120,12 +120,13 @@ def test_compile_covers_every_kind_of_layer(caplog):
     def compiled() -> set[str]:
         text = " ".join(record.getMessage() for record in caplog.records)
         caplog.clear()
-        return {name for name in ("embed", "dense_layer", "route", "run_experts", "combine", "head") if name in text}
+        names = ("embed", "dense_layer", "route", "run_experts", "run_chosen", "combine", "head")
+        return {name for name in names if name in text}
 
     with jax.log_compiles():
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), s.checkpoint.expert_spec)
         compile_for(engine, [5], 3, committed(zeros))
-        assert len(compiled()) == 6
+        assert len(compiled()) == 7
         logits, state = engine.prefill([s.prompts[0][:5]], 3)
         for _ in range(3):
             logits = engine.decode(logits.argmax(-1).astype(np.int32), state)

@@ -8,9 +8,10 @@ from moe_jax.checkpoint.families import mixtral
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.errors import UserError
 from moe_jax.inference.block import pieces
-from moe_jax.inference.engine import Engine, Record
+from moe_jax.inference.engine import Engine
 from moe_jax.inference.grouping import arities, assign, bucket, calls, padded, sizes, used_by_token
 from moe_jax.inference.resident import ResidentExperts
+from moe_jax.inference.state import Record
 from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.prediction import predictors
 from tests import reference
@@ -104,6 +105,7 @@ def test_a_prediction_is_offered_before_a_wait_and_after_work(model, missing, mo
         source, "take", lambda layer, experts: calls.append("take") or Watched.take(source, layer, experts)
     )
     monkeypatch.setattr(source, "offer", lambda layer, probabilities: calls.append(f"offer {layer}"))
+    monkeypatch.setattr(source, "borrow", lambda layer, experts: [])
     engine = Engine(plain.stages, plain.dense, source, predictors.load("router", 2, "", a, checkpoint.dense()))
     _, state = engine.prefill(prompts([5]), 2)
     calls.clear()
@@ -112,6 +114,74 @@ def test_a_prediction_is_offered_before_a_wait_and_after_work(model, missing, mo
     order = ["take"] * a.top_k
     order.insert(a.top_k if missing is None else missing, "offer {}")
     assert calls == ["offer -1", *(call.format(layer) for layer in range(a.num_layers) for call in order)]
+
+
+GUESSES = {
+    "right": lambda needed, others: needed,
+    "one right": lambda needed, others: [needed[-1], others[0]],
+    "wrong": lambda needed, others: others,
+    "everything": lambda needed, others: needed + others,
+    "nothing": lambda needed, others: [],
+}
+
+
+@pytest.mark.parametrize("guess", GUESSES)
+def test_likely_experts_run_before_the_choice_is_known_and_change_no_bit(model, guess, monkeypatch):
+    directory, a, plain = model
+    monkeypatch.setattr("moe_jax.inference.engine.LARGE_EXPERT", 0)
+    resident = Engine(plain.stages, plain.dense, plain.source)
+    resident.record = Record()
+    expected = greedy(resident, prompts([5]), 3)
+    needed, guesses = iter(resident.record.needed), []
+
+    def predicted(layer):
+        """For the layer after `layer`, as `Forecast` gives it; before layer 0 is -1."""
+        if layer == a.num_moe_layers - 1:  # the next token's layer 0 is predicted again
+            return jnp.zeros((1, a.num_experts)), None
+        here = next(needed)
+        others = [expert for expert in range(a.num_experts) if expert not in here]
+        guesses.append(sorted(GUESSES[guess](here, others)))
+        return jnp.asarray(np.isin(np.arange(a.num_experts), guesses[-1])[None], jnp.float32), None
+
+    calls, source = [], Watched(HFCheckpoint(directory))
+
+    def note(name):
+        method = getattr(source, name)
+        monkeypatch.setattr(source, name, lambda *args: calls.append((name, *args[:3])) or method(*args))
+
+    for name in ("borrow", "request", "give_back", "take"):
+        note(name)
+    engine = Engine(plain.stages, plain.dense, source, predictors.load("router", 1, "", a, plain.dense))
+    forecast = engine.forecast
+    assert forecast is not None
+    monkeypatch.setattr(forecast, "begin", lambda state, *rest: (predicted(-1), state))
+    monkeypatch.setattr(forecast, "after", lambda layer, state, *rest: (predicted(layer), state))
+    logits, state = engine.prefill(prompts([5]), 3)
+    found = [np.asarray(logits)]
+    calls.clear()
+    for _ in range(3):
+        found.append(np.asarray(engine.decode(found[-1].argmax(-1).astype(np.int32), state)))
+    assert np.stack(found).tobytes() == expected.tobytes()
+    order = []
+    for i, (here, guessed) in enumerate(zip(resident.record.needed, guesses, strict=True)):
+        layer = i % a.num_moe_layers
+        order += [("borrow", layer, guessed)] if guessed else []
+        order += [("request", layer, here)]
+        order += [("give_back", layer, guessed, here)] if guessed else []
+        order += [("take", layer, [expert]) for expert in here if expert not in guessed]
+    assert calls == order
+
+
+@pytest.mark.parametrize("rows, large", [(2, True), (1, False)])
+def test_nothing_runs_ahead_in_a_batch_or_where_experts_share_calls(model, rows, large, monkeypatch):
+    directory, a, plain = model
+    if large:
+        monkeypatch.setattr("moe_jax.inference.engine.LARGE_EXPERT", 0)
+    source = Watched(HFCheckpoint(directory))
+    monkeypatch.setattr(source, "borrow", lambda *args: pytest.fail("it would change how something is calculated"))
+    engine = Engine(plain.stages, plain.dense, source, predictors.load("router", 1, "", a, plain.dense))
+    greedy(engine, prompts([5] * rows), 2)
+    assert source.offered
 
 
 @pytest.mark.parametrize("name", ["learned", "router"])  # one remembers the last token, one nothing

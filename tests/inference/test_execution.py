@@ -11,8 +11,9 @@ import pytest
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.errors import UserError
 from moe_jax.inference import execution, metrics
-from moe_jax.inference.engine import Engine, Record
+from moe_jax.inference.engine import Engine
 from moe_jax.inference.resident import ResidentExperts
+from moe_jax.inference.state import Record
 from moe_jax.model.architecture import Routing
 from moe_jax.model.decoder import Routed, Stages, device_weights
 from moe_jax.model.router import choose

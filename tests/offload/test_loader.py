@@ -13,6 +13,8 @@ from moe_jax.model.experts import ExpertWeights
 from tests.offload.rig import (
     BANK,
     Computation,
+    E,
+    L,
     WatchedBank,
     check_contents,
     eventually,
@@ -195,6 +197,65 @@ def test_speculation_spares_what_is_pinned_pending_or_in_use(opened, mode):
     eventually(lambda: s._loader._poll() or (1, 5) in s.store.resident)
     assert set(s.store.resident) == {(0, 0), (0, 1), (1, 5)}
     s.release(0, [0], ready())
+
+
+def test_what_is_borrowed_is_there_and_stays(opened):
+    bank = WatchedBank(3)
+    s = opened(bank, 3, "thread")
+    warm(s, (0, 0), (0, 1), (1, 2))
+    assert [expert for expert, _ in s.borrow(1, [0, 2, 3])] == [2]  # of layer 1, and what is not there is not loaded
+    use(s, 0, [2, 3])  # takes the place of what is not borrowed
+    assert {(1, 2), (0, 2), (0, 3)} == set(s.store.resident) and not bank.excess
+    with pytest.raises(RuntimeError, match="3 experts are taken while 1 are not released"):
+        s.request(2, [0, 1, 2])
+        s.take(2, [0, 1, 2])
+    s.give_back(1, [2], [], ready())
+    use(s, 2, [0, 1, 2])
+
+
+def test_what_is_borrowed_counts_as_used_only_if_it_is_needed(opened):
+    s = opened(WatchedBank(), L * E, "thread")
+    for expert in (0, 1):
+        s.offer(0, predictions({expert: 1}))
+        eventually(lambda expert=expert: (1, expert) in s.store.resident)
+    [(_, weights), _] = s.borrow(1, [0, 1])
+    check_contents((1, 0), weights)
+    s.request(1, [0])
+    s.give_back(1, [0, 1], [0, 5], ready())
+    assert s.trace.steps()[-1].outcomes == ("prefetched",)
+    assert {load.expert: load.used for load in s.trace.loads} == {0: True, 1: False}
+    use(s, 0, [2])
+    s.request(1, [0, 1])
+    assert s.trace.steps()[-1].outcomes == ("cached", "prefetched")
+
+
+def test_a_demand_goes_on_when_what_was_borrowed_in_vain_is_given_back(opened):
+    """The smallest budget: what is borrowed is all there is, and nothing of it is needed."""
+    s = opened(WatchedBank(2), 2, "thread")
+    warm(s, (1, 0), (1, 1))
+    assert len(s.borrow(1, [0, 1])) == 2
+    computing = Computation()
+    s.request(1, [2, 3])
+    s.give_back(1, [0, 1], [2, 3], computing)
+    threading.Timer(0.05, computing.end).start()
+    for expert in (2, 3):
+        [weights] = within(5, s.take, 1, [expert])
+        check_contents((1, expert), weights)
+        s.release(1, [expert], ready())
+
+
+def test_pins_of_an_interrupted_step_are_dropped_with_what_it_borrowed(opened):
+    s = opened(WatchedBank(2), 2, "thread")
+    warm(s, (1, 0), (1, 1))
+    s.borrow(1, [0, 1])
+    s.begin_token(1)
+    use(s, 0, [2, 3])
+
+
+def test_inline_lends_nothing_as_the_layers_copies_are_to_come(opened):
+    s = opened(WatchedBank(), L * E, "inline")
+    warm(s, (1, 0))
+    assert s.borrow(1, [0]) == []
 
 
 @BOTH

@@ -23,8 +23,9 @@ from moe_jax.checkpoint.convert import convert
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.config import OffloadConfig
 from moe_jax.evaluation.reader import DiskReader, Reading, best_depth
-from moe_jax.inference.engine import Engine, Record
+from moe_jax.inference.engine import Engine
 from moe_jax.inference.resident import ResidentExperts
+from moe_jax.inference.state import Record
 from moe_jax.model.decoder import Stages, device_weights
 from moe_jax.offload.open import open_source
 from tests.peers.resident_speed import model_in

@@ -1,0 +1,50 @@
+"""What a running batch carries from step to step, and what is recorded of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.model.decoder import KVCache
+
+MEMORY_TOKENS = 256
+"""Tokens that a predictor is told of afterwards when it was not asked for a while."""
+
+
+@dataclasses.dataclass
+class DecodeState:
+    """Everything a running batch carries from step to step."""
+
+    kv: KVCache
+    rope: jax.Array  # [S, 2, H / 2]
+    lengths: np.ndarray  # int32 [B]: positions filled; the next token of a row goes to this position
+    active: np.ndarray  # bool [B]: rows still generating
+    predictor: Any = None  # the predictor's own state
+    memory: Any = None  # the execution mode's own state
+    unseen: deque[np.ndarray] = dataclasses.field(default_factory=lambda: deque(maxlen=MEMORY_TOKENS))
+    step: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.kv[0][0].shape[2]
+
+
+@dataclasses.dataclass
+class Record:
+    """Routing of a run, as the decode loop saw it; decode lists have one entry per step and expert layer.
+
+    When a step was interrupted its layers stand at the end of the lists, beyond the `len(active)` complete steps.
+    """
+
+    prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per layer
+    needed: list[list[int]] = dataclasses.field(default_factory=list)
+    ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B, K]
+    routed: list[np.ndarray] = dataclasses.field(default_factory=list)  # the router's own ids; empty: those that ran
+    # float32 [E], for the layer after; None where no prediction was made
+    predicted: list[np.ndarray | None] = dataclasses.field(default_factory=list)
+    active: list[np.ndarray] = dataclasses.field(default_factory=list)  # bool [B], per step
+    lengths: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B], per step

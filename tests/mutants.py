@@ -97,12 +97,37 @@ MUTANTS = {
     "outputs summed in arrival order": Mutant(
         "moe_jax/inference/engine.py",
         {
-            "        groups, start = [], 0\n": "        groups, start = [], 0\n"
-            "        self.arrival = np.argsort([rank[expert] for expert in needed]) if single else slice(None)\n",
+            "        outputs = ahead.outputs\n": "        outputs = ahead.outputs\n"
+            "        self.arrival = np.argsort([rank[e] for e in needed]) if len(ids) == 1 else slice(None)\n",
             "Stream(routed.residual, outputs, gates)": "Stream("
             "routed.residual, outputs[self.arrival], gates[:, self.arrival])",
         },
         LOSSLESS,
+    ),
+    "an expert that ran ahead runs again": Mutant(
+        "moe_jax/inference/engine.py", {"if expert not in ahead.experts]": "if True]"}, ENGINE
+    ),
+    "unlikely experts run ahead": Mutant(
+        "moe_jax/inference/engine.py", {"probabilities[0] > AHEAD": "probabilities[0] >= 0"}, ENGINE
+    ),
+    "an expert that ran ahead goes to the first slot": Mutant(
+        "moe_jax/model/experts.py",
+        {"chosen = (ids[0] == expert)[": "chosen = (jnp.arange(ids.shape[1]) == 0)["},
+        ENGINE,
+    ),
+    "experts of a batch run ahead": Mutant("moe_jax/inference/engine.py", {" or len(active) > 1:": ":"}, ENGINE),
+    "what is borrowed counts as used": Mutant(
+        "moe_jax/offload/loader.py", {"pin(key, used=False)": "pin(key)"}, "tests/offload/test_loader.py"
+    ),
+    "what ran ahead counts as unused": Mutant(
+        "moe_jax/offload/loader.py",
+        {"self.store.resident[key].load.used = True": "pass"},
+        "tests/offload/test_loader.py",
+    ),
+    "a demand does not hear of what is given back": Mutant(
+        "moe_jax/offload/loader.py",
+        {"        if self._starved:\n            self._kick()\n        self._out": "        self._out"},
+        "tests/offload/test_loader.py",
     ),
     "slices that threads cannot share": Mutant(
         "moe_jax/offload/disk.py", {"-(-count // self._sharers) * self._sharers": "count"}, "tests/offload/test_disk.py"
@@ -137,7 +162,7 @@ MUTANTS = {
     ),
     "what has passed is booked too late for a search": Mutant(
         "moe_jax/offload/outlook.py",
-        {"        self._catch_up()\n        if not self._said.any()": "        if not self._said.any()"},
+        {"        self.catch_up()\n        if not self._said.any()": "        if not self._said.any()"},
         OFFLOAD,
     ),
     "a plain reader that reads into the same memory": Mutant(

@@ -248,6 +248,7 @@ class Loader:
             self.store.unpin(key, after)
         if self._starved:
             self._kick()
+        self._outlook.catch_up()  # the layer computes meanwhile
 
     def _classify(self, key: Key) -> Outcome:
         entry = self.store.resident.get(key)

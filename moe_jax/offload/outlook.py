@@ -64,7 +64,7 @@ class Outlook:
 
         Layer -1 means before layer 0: the rows are those of the last layer, layer 0's first.
         """
-        self._catch_up()
+        self.catch_up()
         if not self._prompt:
             self._look_back()
         targets = self._ahead[layer, : len(probabilities)]
@@ -76,17 +76,16 @@ class Outlook:
     def passed(self, layer: int, experts: Sequence[int] = (), by_token: np.ndarray | None = None) -> None:
         """`layer` has stated its needs: what was predicted for it is dropped.
 
-        Only noted here, as the layer waits meanwhile; it is booked when next something is asked or offered.
+        Only noted here, as the layer waits meanwhile; `catch_up` books it.
 
         Args:
           experts: what it needs.
           by_token: where that is for a whole prompt, what each of its tokens uses: bool [T, E].
         """
         self._noted.append((layer, experts, by_token))
-        if len(self._noted) >= len(self._value):
-            self._catch_up()
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
+        """Books what has passed. To be called where nobody waits for it; otherwise it is done when next asked."""
         for layer, experts, by_token in self._noted:
             if layer == 0:
                 self._turn[:] = 0
@@ -130,12 +129,12 @@ class Outlook:
 
     def likely(self, key: Key) -> bool:
         """Whether it is likely enough for a speculative load."""
-        self._catch_up()
+        self.catch_up()
         return bool(self._value[key] > self._floor)
 
     def any_likely(self) -> bool:
         """Whether any absent expert is likely enough for a speculative load."""
-        self._catch_up()
+        self.catch_up()
         return bool(((self._value > self._floor) & ~self._held).any())
 
     def best(self, layer: int, reach: int | None = None) -> tuple[Key, float] | None:
@@ -152,7 +151,7 @@ class Outlook:
         Returns:
           The key and its probability, which decides about evictions.
         """
-        self._catch_up()
+        self.catch_up()
         if not self._said.any():  # then nothing is likelier than the prior
             return None
         order = self._ahead[layer, :reach]
@@ -182,6 +181,6 @@ class Outlook:
 
     def _likelihood(self) -> np.ndarray:
         """Of use at the layer's next turn, float32 [L, E]: as predicted, or as the text lets expect."""
-        self._catch_up()
+        self.catch_up()
         self._look_back()
         return np.where(self._said[:, None], self._value, self._chance[self._turn, self._layers])

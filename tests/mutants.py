@@ -97,8 +97,9 @@ MUTANTS = {
     "outputs summed in arrival order": Mutant(
         "moe_jax/inference/engine.py",
         {
-            "        outputs = ahead.outputs\n": "        outputs = ahead.outputs\n"
-            "        self.arrival = np.argsort([rank[e] for e in needed]) if len(ids) == 1 else slice(None)\n",
+            "        outputs = routed.outputs\n        if ahead": "        outputs = routed.outputs\n"
+            "        self.arrival = np.argsort([rank[e] for e in needed]) if len(ids) == 1 else slice(None)\n"
+            "        if ahead",
             "Stream(routed.residual, outputs, gates)": "Stream("
             "routed.residual, outputs[self.arrival], gates[:, self.arrival])",
         },
@@ -107,17 +108,39 @@ MUTANTS = {
     "an expert that ran ahead runs again": Mutant(
         "moe_jax/inference/engine.py", {"if expert not in ahead.experts]": "if True]"}, ENGINE
     ),
-    "unlikely experts run ahead": Mutant(
-        "moe_jax/inference/engine.py", {"probabilities[0] > AHEAD": "probabilities[0] >= 0"}, ENGINE
+    "the unlikely experts run ahead": Mutant(
+        "moe_jax/inference/engine.py", {".argsort()[-LIKELY *": ".argsort()[: LIKELY *"}, ENGINE
+    ),
+    "another runs in the place of an expert that is not there": Mutant(
+        "moe_jax/offload/store.py", {"[-1 if entry is None else expert for": "[expert for"}, LOSSLESS
     ),
     "an expert that ran ahead goes to the first slot": Mutant(
         "moe_jax/model/experts.py",
-        {"chosen = (ids[0] == expert)[": "chosen = (jnp.arange(ids.shape[1]) == 0)["},
+        {"weights).astype(outputs.dtype), (k, 0))": "weights).astype(outputs.dtype), (0, 0))"},
         ENGINE,
     ),
-    "experts of a batch run ahead": Mutant("moe_jax/inference/engine.py", {" or len(active) > 1:": ":"}, ENGINE),
-    "what is borrowed counts as used": Mutant(
-        "moe_jax/offload/loader.py", {"pin(key, used=False)": "pin(key)"}, "tests/offload/test_loader.py"
+    "experts of a batch run ahead": Mutant(
+        "moe_jax/inference/engine.py", {"return batch == 1 and ": "return "}, ENGINE
+    ),
+    "what is lent may be evicted": Mutant(
+        "moe_jax/offload/store.py",
+        {"        for expert in here:\n            self.unpinned[layer, expert] = False\n": ""},
+        "tests/offload/test_loader.py",
+    ),
+    "what was lent does not count while it is computed with": Mutant(
+        "moe_jax/offload/store.py",
+        {"        entry.uses = entry.uses + self._still_lent(key[0])\n": ""},
+        "tests/offload/test_loader.py",
+    ),
+    "speculation evicts what was lent and is computed with": Mutant(
+        "moe_jax/offload/store.py",
+        {"            if self._still_lent(layer):\n": "            if False:\n"},
+        "tests/offload/test_loader.py",
+    ),
+    "a prediction is booked too late": Mutant(
+        "moe_jax/offload/outlook.py",
+        {"            self._offered = (first + 1) % len(self._value), probabilities[1:]\n": "            pass\n"},
+        "tests/offload/test_outlook.py",
     ),
     "what ran ahead counts as unused": Mutant(
         "moe_jax/offload/loader.py",

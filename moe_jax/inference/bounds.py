@@ -79,6 +79,9 @@ def _plan(engine: Engine, record: Record, step: int, layer: int) -> list[tuple[S
     """The calls of a layer's experts, each with its experts."""
     ids, active = record.ids[step * engine.architecture.num_moe_layers + layer], record.active[step]
     chosen, needed = committed(ids), unique_in_order(ids, active)
+    if engine.runs_held(len(ids)):
+        experts = np.arange(engine.architecture.num_experts, dtype=np.int32)
+        return [(experts.tolist(), engine.held(chosen, experts))]
     return [(group, engine.call(chosen, active, group)) for group in groups(needed, engine.together)]
 
 

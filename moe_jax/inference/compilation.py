@@ -42,6 +42,10 @@ def compile_for(engine: Engine, prompt_lengths: Sequence[int], new_tokens: int, 
             for arity in arities:
                 call = engine.call(routed.ids, np.ones(1, bool), [0] * arity)
                 outputs, _ = call(outputs, h, (example,) * arity)
+            if engine.runs_held(B):
+                for arity in engine.held_arities():
+                    call = engine.held(routed.ids, np.full(arity, -1, np.int32))
+                    outputs, _ = call(outputs, h, (example,) * arity)
         elif decoding:
             buckets = sorted({bucket(n, B) for n in range(1, B + 1)})
             shapes = [(arity, size) for arity in arities for size in buckets]

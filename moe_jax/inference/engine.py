@@ -29,9 +29,8 @@ LEAST_CAPACITY = 256
 LARGE_EXPERT = 1 << 18
 """Parameters from which on an expert's computation is worth a call of its own: those that are here run while others
 are still on their way. Smaller ones share calls, since a call costs more than it could hide."""
-AHEAD = 0.5
-"""Likelier experts are dispatched before it is known what the router has chosen. A wrong one costs a call, which does
-nothing."""
+LIKELY = 2
+"""So many times K experts are looked for on the device where it is predicted which are the likeliest."""
 Call = Callable[[jax.Array, jax.Array, tuple[ExpertWeights, ...]], tuple[jax.Array, jax.Array]]
 """Runs a group of experts: output slots, h and the weights, to the updated slots and what is ready when it has run."""
 Sink = Callable[[int, int, Routed], None]
@@ -40,11 +39,11 @@ the layer's experts have run; rows are [B, Tc] flattened."""
 
 
 class Ahead(NamedTuple):
-    """Experts of a layer that were dispatched before its router had chosen."""
+    """Experts of a layer that were dispatched before the host knew which they are."""
 
-    experts: list[int]
+    experts: list[int]  # they have run if the layer needs them
     outputs: jax.Array  # the layer's output slots after them
-    after: jax.Array | None  # ready when they have run; None if there are none
+    after: jax.Array  # ready when they have run
 
 
 class Engine:
@@ -206,13 +205,13 @@ class Engine:
             predicted = None
             if forecast is not None:
                 predicted, state.predictor = forecast.after(layer, state.predictor, routed, state.active)
-            # Predictions are read only now: the device has work meanwhile.
-            ahead = self._run_ahead(layer, routed, state.active, said)
-            self._offer(said)
             if self.execution is None:
                 ids, gates = routed.ids, routed.gates
             else:
+                self._offer(said)
                 ids, gates = self.execution.decide(layer, routed, plan, state.memory, state.active)
+            ahead = self._run_held(layer, routed, ids, said)
+            self._offer(said)  # read only now: the device has work meanwhile
             said = None
             if predicted is not None:
                 said, plan = Announced(layer, predicted[0]), predicted[1]
@@ -260,34 +259,60 @@ class Engine:
             state.unseen.clear()
         return forecast
 
-    def _run_ahead(self, layer: int, routed: Routed, active: np.ndarray, said: Announced | None) -> Ahead:
-        """Dispatches the likely experts that are there before it is known what the router has chosen.
+    def runs_held(self, batch: int) -> bool:
+        """Whether the chosen experts that are there run before the host knows which they are.
 
         So the device has work while the host finds out and goes on. Only for one token, and where each expert has a
         call of its own anyway: how something is calculated must not depend on what is there.
         """
-        outputs, experts, after = routed.outputs, [], None
-        if said is None or self.execution is not None or self.together > 1 or len(active) > 1:
-            return Ahead(experts, outputs, after)
-        likely = np.flatnonzero(said.probabilities[0] > AHEAD).tolist()
-        for expert, weights in self.source.borrow(layer, likely) if likely else ():
-            outputs, after = self.call(routed.ids, active, [expert])(outputs, routed.h, (weights,))
-            experts.append(expert)
-        return Ahead(experts, outputs, after)
+        return batch == 1 and self.together == 1 and self.source.lends
+
+    def held_arities(self) -> set[int]:
+        """How many experts are looked for at once."""
+        a = self.architecture
+        return {a.num_experts} | ({min(LIKELY * a.top_k, a.num_experts)} if self.forecast else set())
+
+    def _run_held(self, layer: int, routed: Routed, chosen: jax.Array, said: Announced | None) -> Ahead | None:
+        """Dispatches what is there of the experts int32 [B, K] that the layer is to run; None: nothing is.
+
+        `said`: what was predicted for it.
+        """
+        if not self.runs_held(len(chosen)):
+            return None
+        likely = None
+        if said is not None:  # a call takes longer for every array among its arguments
+            likely = said.probabilities[0].argsort()[-LIKELY * self.architecture.top_k :].tolist()
+        lent = self.source.borrow(layer, likely)
+        if lent is None:
+            return None
+        outputs, after = self.held(chosen, lent.experts)(routed.outputs, routed.h, lent.weights)
+        return Ahead(lent.experts.tolist(), outputs, after)
 
     def _run_layer(
-        self, layer: int, routed: Routed, chosen: jax.Array, active: np.ndarray, said: Announced | None, ahead: Ahead
+        self,
+        layer: int,
+        routed: Routed,
+        chosen: jax.Array,
+        active: np.ndarray,
+        said: Announced | None,
+        ahead: Ahead | None,
     ) -> jax.Array:
-        """What the experts give; `said`: a prediction, offered before waiting for one of them."""
+        """What the experts give.
+
+        Args:
+          said: a prediction, offered before waiting for one of them.
+          ahead: what has been dispatched.
+        """
         ids = np.asarray(chosen)
         needed = ids[0].tolist() if len(ids) == 1 else unique_in_order(ids, active)
         if self.record:
             self.record.needed.append(needed)
             self.record.ids.append(ids)
         rank = {expert: i for i, expert in enumerate(self.source.request(layer, needed))}
-        outputs = ahead.outputs
-        if ahead.after is not None:
-            self.source.give_back(layer, ahead.experts, needed, ahead.after)
+        outputs = routed.outputs
+        if ahead is not None:
+            outputs = ahead.outputs
+            self.source.give_back(layer, [expert for expert in needed if expert in ahead.experts], ahead.after)
             needed = [expert for expert in needed if expert not in ahead.experts]
         # Resident groups first.
         for group in sorted(groups(needed, self.together), key=lambda group: max(rank[expert] for expert in group)):
@@ -297,6 +322,10 @@ class Engine:
             outputs, after = self.call(chosen, active, group)(outputs, routed.h, weights)
             self.source.release(layer, group, after)
         return outputs
+
+    def held(self, chosen: jax.Array, experts: np.ndarray) -> Call:
+        """How those of one token's experts, `chosen` int32 [1, K], are called that are among `experts`, int32 [A]."""
+        return lambda outputs, h, weights: self.stages.held(outputs, h, chosen, experts, weights)
 
     def call(self, chosen: Any, active: np.ndarray, group: Sequence[int]) -> Call:
         """How a group of experts is called for rows that have `chosen` int32 [B, K]; `active` bool [B]: which count."""

@@ -57,7 +57,10 @@ class Forecast:
         self.params = committed(params)
         # Cut out once, so that no call has to look for its own among those of all layers.
         layers = range(self.spec.num_layers)
-        self._own = [(at(self.predictor, self.params, layer), committed(np.int32(layer))) for layer in layers]
+        own = [jax.tree.flatten(at(self.predictor, self.params, layer)) for layer in layers]
+        # As lists of arrays: nested dictionaries would be sorted in every call.
+        self._own = [(leaves, committed(np.int32(layer))) for layer, (leaves, _) in enumerate(own)]
+        self._tree = own[0][1]
 
     def state(self, ids: np.ndarray, step: int = 0) -> Any:
         """The predictor's own state after tokens that were routed to ids int [L, B, T, K]; -1: no token.
@@ -100,7 +103,8 @@ class Forecast:
     def _no_state(self, batch: int) -> Any:
         return self.state(np.zeros((self.spec.num_layers, batch, 1, self.spec.top_k), np.int32))
 
-    def _apply_fn(self, params, state, features, active):
+    def _apply_fn(self, leaves, state, features, active):
+        params = jax.tree.unflatten(self._tree, leaves)
         prediction, state = self.predictor.apply(params, state, features)
         return self._said(prediction, features.layer + 1, active), state
 

@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.model.decoder import placed
-from moe_jax.model.experts import ExpertWeights, widened
+from moe_jax.model.experts import ExpertWeights, Lent, widened
 
 
 class ResidentExperts:
@@ -27,6 +27,8 @@ class ResidentExperts:
             return jax.tree.unflatten(tree, placed(parts, [part.dtype for part in parts]))
 
         self._experts = [layer(index) for index in range(a.num_moe_layers)]
+        self._all = [Lent(np.arange(a.num_experts, dtype=np.int32), tuple(row)) for row in self._experts]
+        self.lends = jax.default_backend() == "cpu"
 
     def begin_token(self, token: int) -> None:
         pass
@@ -37,10 +39,12 @@ class ResidentExperts:
     def ready(self, layer: int, experts: Sequence[int]) -> bool:
         return True
 
-    def borrow(self, layer: int, experts: Sequence[int]) -> list[tuple[int, ExpertWeights]]:
-        return [(expert, self._experts[layer][expert]) for expert in experts]
+    def borrow(self, layer: int, experts: Sequence[int] | None = None) -> Lent | None:
+        if not self.lends:
+            return None
+        return self._all[layer] if experts is None else Lent(np.array(experts, np.int32), self.take(layer, experts))
 
-    def give_back(self, layer: int, experts: Sequence[int], needed: Sequence[int], after: jax.Array) -> None:
+    def give_back(self, layer: int, needed: Sequence[int], after: jax.Array) -> None:
         pass
 
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:

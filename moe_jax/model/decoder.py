@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.memory import together
 from moe_jax.model.architecture import Architecture
-from moe_jax.model.experts import run_chosen, run_experts
+from moe_jax.model.experts import run_chosen, run_experts, run_held
 from moe_jax.model.layers import MODULES, Decoder
 from moe_jax.model.primitives import linear
 from moe_jax.model.rope import rope_table
@@ -55,8 +55,8 @@ class Stages:
     """The jitted stages of one architecture in one compute dtype.
 
     Attributes:
-      experts, chosen: `run_experts` and `run_chosen` (moe_jax.model.experts) with the model's activation. The output
-        slots are donated.
+      experts, chosen, held: `run_experts`, `run_chosen` and `run_held` (moe_jax.model.experts) with the model's
+        activation. The output slots are donated.
       join: (h of CHUNKS chunks, [R, D] each) -> h [CHUNKS * R, D] and zeroed output slots for it.
       split: the output slots of joined chunks -> those of each chunk, [R * K, D].
       combine: (Routed.residual, outputs, gates, x for its shape) -> x [B, T, D].
@@ -120,6 +120,7 @@ class Stages:
         self._layers = [kinds[kind] for kind in a.layers]
         self.experts = jax.jit(functools.partial(run_experts, a.experts.activation), donate_argnums=0)
         self.chosen = jax.jit(functools.partial(run_chosen, a.experts.activation), donate_argnums=0)
+        self.held = jax.jit(functools.partial(run_held, a.experts.activation), donate_argnums=0)
         self.join, self.split = jax.jit(join), jax.jit(split)
         self.combine = jax.jit(combine)
         self._embed, self._begin, self._head = jax.jit(embed), jax.jit(begin), jax.jit(head)

@@ -30,8 +30,23 @@ class ExpertWeights(NamedTuple):
     down_bias: jax.Array | None = None  # [D]
 
 
+class Lent(NamedTuple):
+    """Experts of a layer, those of them that are on the device."""
+
+    experts: np.ndarray  # int32 [A]; -1 for one that is not there
+    weights: tuple[ExpertWeights, ...]  # theirs, [A]; of one that is not there, any other's
+
+
 class ExpertSource(Protocol):
-    """Where the decode loop gets experts from: all resident, or through a byte budget."""
+    """Where the decode loop gets experts from: all resident, or through a byte budget.
+
+    Attributes:
+      lends: whether `borrow` ever gives anything. Only to a CPU: an accelerator would compute with all it is given, and
+        what a layer demands might have to wait for that.
+    """
+
+    @property
+    def lends(self) -> bool: ...
 
     def begin_token(self, token: int) -> None:
         """A decode step, or the prefill (token -1), starts."""
@@ -52,17 +67,22 @@ class ExpertSource(Protocol):
         """Whether `take` would not have to wait for these experts now."""
         ...
 
-    def borrow(self, layer: int, experts: Sequence[int]) -> list[tuple[int, ExpertWeights]]:
-        """Those of these experts that are on the device, pinned, before `layer` states what it needs.
+    def borrow(self, layer: int, experts: Sequence[int] | None = None) -> Lent | None:
+        """Those of these experts that there are, before `layer` states what it needs; they stay until `give_back`.
 
-        None of them, where computing with an expert before that might hold up what the layer will demand.
+        Args:
+          experts: None: all of the layer.
+
+        Returns:
+          None if there are none.
         """
         ...
 
-    def give_back(self, layer: int, experts: Sequence[int], needed: Sequence[int], after: jax.Array) -> None:
-        """Unpins what was borrowed, once `layer` has requested what it needs; `after` as for `release`.
+    def give_back(self, layer: int, needed: Sequence[int], after: jax.Array) -> None:
+        """Ends what `borrow` began, once `layer` has requested what it needs; `after` as for `release`.
 
-        Those of them that are `needed` count as taken and released.
+        Args:
+          needed: those of the experts lent that are; they count as taken and released.
         """
         ...
 
@@ -106,6 +126,47 @@ def run_expert(x: jax.Array, w: ExpertWeights, activation: Activation) -> jax.Ar
     return project(gated(project(x, w.gate_up, w.gate_up_bias), activation), w.down, w.down_bias)
 
 
+def run_held(
+    activation: Activation,
+    outputs: jax.Array,
+    h: jax.Array,
+    ids: jax.Array,
+    experts: jax.Array,
+    weights: tuple[ExpertWeights, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Runs one token's choices that are among A experts: the call can be made before anyone has read `ids`.
+
+    On a CPU nothing else is computed. The slots of other choices stay as they are.
+
+    Args:
+      activation: of every expert.
+      outputs: the token's output slots, one for each choice, [K, D]; donated.
+      h: normalised residual, [1, D].
+      ids: int32 [1, K], the router's choice.
+      experts, weights: as in `Lent`.
+
+    Returns:
+      The updated slots, and a scalar that is ready exactly when this computation has completed.
+    """
+
+    def among(at: jax.Array, own: tuple[ExpertWeights, ...]) -> jax.Array:
+        """What expert `at` of `own` gives. In halves, as a branch is handed all weights that are in it."""
+        if len(own) == 1:
+            return run_expert(h, own[0], activation)
+        half = len(own) // 2
+        return jax.lax.cond(at < half, lambda: among(at, own[:half]), lambda: among(at - half, own[half:]))
+
+    found = ids[0][:, None] == experts  # [K, A]
+    places, there = found.argmax(1), found.any(1)
+
+    def choice(k: jax.Array, outputs: jax.Array) -> jax.Array:
+        run = lambda: jax.lax.dynamic_update_slice(outputs, among(places[k], weights).astype(outputs.dtype), (k, 0))
+        return jax.lax.cond(there[k], run, lambda: outputs)
+
+    outputs = jax.lax.fori_loop(0, ids.shape[1], choice, outputs)
+    return outputs, outputs[0, 0]
+
+
 def run_chosen(
     activation: Activation,
     outputs: jax.Array,
@@ -114,15 +175,10 @@ def run_chosen(
     experts: tuple[jax.Array, ...],
     weights: tuple[ExpertWeights, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs those of A experts that one token's router has chosen: the call can be made before anyone has read `ids`.
-
-    A CPU skips the others; an accelerator computes them too, and their outputs go nowhere.
+    """Runs A of the experts that one token's router has chosen.
 
     Args:
-      activation: of every expert.
-      outputs: the token's output slots, one for each choice, [K, D]; donated.
-      h: normalised residual, [1, D].
-      ids: int32 [1, K], the router's choice.
+      activation, outputs, h, ids: as for `run_held`.
       experts: int32 [] each, the A experts' numbers.
       weights: theirs.
 
@@ -130,15 +186,8 @@ def run_chosen(
       The updated slots, and a scalar that is ready exactly when this computation has completed.
     """
     for expert, own in zip(experts, weights, strict=True):
-        chosen = (ids[0] == expert)[:, None]
-
-        def run(outputs, chosen=chosen, own=own):
-            return jnp.where(chosen, run_expert(h, own, activation).astype(outputs.dtype), outputs)
-
-        def run_if_chosen(outputs, chosen=chosen, run=run):
-            return jax.lax.cond(chosen.any(), run, lambda outputs: outputs, outputs)
-
-        outputs = jax.lax.platform_dependent(outputs, cpu=run_if_chosen, default=run)
+        y = run_expert(h, own, activation).astype(outputs.dtype)
+        outputs = jnp.where((ids[0] == expert)[:, None], y, outputs)
     return outputs, outputs[0, 0]
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax.model.experts import Key
+
 SIZE = 256
 """The latest tokens that are remembered, at least."""
 SCALES = np.array([4, 16, 64])
@@ -74,12 +76,14 @@ class History:
         self._uses = np.zeros((2 * SIZE, num_layers, num_experts), np.float32)  # 0 or 1, of every token
         self._complete = self._running = 0  # tokens; those of what is incomplete, which follow
         self._next = 0  # layer
+        self._token: list[Key] = []  # of the incomplete one, if it is a single one
 
     def add(self, layer: int, experts: Sequence[int]) -> None:
         """The token that runs uses these distinct experts of `layer`. A device waits for this: it is quick."""
         self._begin(layer, 1)
-        self._uses[self._complete, layer, experts] = 1
+        self._token += [(layer, expert) for expert in experts]
         if layer == self._shape[0] - 1:
+            self._uses[self._complete, *np.array(self._token, int).reshape(-1, 2).T] = 1
             share = pace(self._ages).T[..., None]
             self._averages += share * (self._uses[self._complete] - self._averages)
             self._ages += 1
@@ -103,6 +107,7 @@ class History:
         if self._running and layer >= max(self._next, 1):
             return
         self._uses[self._complete : self._complete + self._running] = 0
+        self._token = []
         if self._complete + tokens > len(self._uses):
             self._uses[:SIZE] = self._uses[self._complete - SIZE : self._complete]
             self._uses[SIZE:] = 0

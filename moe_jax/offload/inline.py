@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +19,8 @@ class InlineLoader(Loader):
     Copies run in the order of issue, so that speculation may queue behind the demands of this layer.
     """
 
+    lends = False  # what a layer will demand might have to wait for what is dispatched before
+
     def __init__(self, *args: Any, quota_bytes: int = 0, **kwargs: Any):
         """`quota_bytes`: speculative bytes in flight at most; one expert is always allowed."""
         super().__init__(*args, **kwargs)
@@ -31,10 +32,6 @@ class InlineLoader(Loader):
         """Waits for nothing: arrays in flight are dropped."""
         super().close()
         self._flights.clear()
-
-    def borrow(self, keys: Sequence[Key]) -> list[tuple[Key, ExpertWeights]]:
-        """Nothing: the copies that the layer will demand might have to wait for what is dispatched before them."""
-        return []
 
     def _kick(self) -> None:
         self._poll()

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import LoadError
-from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.model.experts import ExpertWeights, Key, Lent
 from moe_jax.offload.benefit import Benefit
 from moe_jax.offload.keys import KeySet
 from moe_jax.offload.outlook import Outlook
@@ -41,7 +41,10 @@ class Loader:
       trace: where loads are recorded; may be replaced between tokens.
       store: the books; read them, do not write.
       benefit: what speculation has gained.
+      lends: whether `borrow` may give anything.
     """
+
+    lends = True
 
     def __init__(
         self,
@@ -96,8 +99,9 @@ class Loader:
                 self._rouse()
             self._clock(now)
             self._outlook.passed(layer, [expert for _, expert in keys], by_token)
-            self.benefit.hid(sum(map(self._spared, keys, outcomes, [now] * len(keys))))
-            for key in keys:
+            for key, outcome in zip(keys, outcomes, strict=True):
+                if outcome == "prefetched" or outcome == "late":
+                    self.benefit.hid(self._spared(key, outcome, now))
                 self.store.use(key)
             if self._demand:
                 self._kick()
@@ -128,14 +132,12 @@ class Loader:
                 self._pending.pop(key, None)
             return tuple([self.store.pin(key) for key in keys]), stall
 
-    def borrow(self, keys: Sequence[Key]) -> list[tuple[Key, ExpertWeights]]:
-        """Pins and returns those of these keys that are on the device; whether they are needed is not known yet."""
+    def borrow(self, layer: int, experts: Sequence[int] | None) -> Lent | None:
+        """What there is of these experts, which stays; what of it is needed is not known yet."""
         with self._lock:
-            if self._closed:
-                return []
-            return [(key, self.store.pin(key, used=False)) for key in keys if key in self.store.resident]
+            return None if self._closed else self.store.lend(layer, experts)
 
-    def give_back(self, keys: Sequence[Key], needed: Sequence[Key], after: jax.Array) -> None:
+    def give_back(self, layer: int, needed: Sequence[Key], after: jax.Array) -> None:
         """Ends what `borrow` began, after the `request`; those that were `needed` then count as taken and released."""
         with self._lock:
             if self._closed:
@@ -143,14 +145,17 @@ class Loader:
             for key in needed:
                 self._pending.pop(key, None)
                 self.store.resident[key].load.used = True
-            self._unpin(keys, after)
+            self.store.give_back(layer, after)
+            self._let_go()
 
     def release(self, keys: Sequence[Key], after: jax.Array) -> None:
         """Unpins what was taken; it is in use until `after` is ready."""
         with self._lock:
             if self._closed:
                 return
-            self._unpin(keys, after)
+            for key in keys:
+                self.store.unpin(key, after)
+            self._let_go()
 
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
         """Predictions float32 [H, E] for the layers after `layer`."""
@@ -243,9 +248,8 @@ class Loader:
             self._outlook.busy(self._busy)
         self._last_request = now
 
-    def _unpin(self, keys: Sequence[Key], after: jax.Array) -> None:
-        for key in keys:
-            self.store.unpin(key, after)
+    def _let_go(self) -> None:
+        """Something is pinned no longer."""
         if self._starved:
             self._kick()
         self._outlook.catch_up()  # the layer computes meanwhile
@@ -261,10 +265,10 @@ class Loader:
         return "missed"
 
     def _spared(self, key: Key, outcome: Outcome, now: float) -> float:
-        """Seconds of waiting for `key` that speculation has spared the layer that needs it."""
+        """Seconds of waiting for `key`, "prefetched" or "late", that speculation has spared the layer that needs it."""
         if outcome == "late":
             return min(now - self.store.in_flight[key].t_issue, self._copy_s)
-        return self._copy_s if outcome == "prefetched" else 0.0
+        return self._copy_s
 
     def _next_demand(self) -> Key | None:
         for key in self._wanted:

@@ -42,6 +42,8 @@ class Outlook:
         self._rate = self._history.usual()  # uses by a token, of those after
         self._stale = False  # something has been used since these were worked out
         self._prompt = False  # that runs: of its next layers nothing is known but how many experts they need
+        # A first layer, and probabilities [H, E] of it and those that come after it, not booked yet.
+        self._offered: tuple[int, np.ndarray] | None = None
         self._noted: list[tuple[int, Sequence[int], np.ndarray | None]] = []  # has passed, is not booked yet
         self._held = np.zeros((num_layers, num_experts), bool)
         # Row l: the layers in the order in which they come after l.
@@ -60,15 +62,31 @@ class Outlook:
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
         """Predictions [H, E] for the layers after `layer`, wrapping; they replace earlier ones for these layers.
 
-        What the text has used before corrects the odds of what is not certain.
+        What the text has used before corrects the odds of what is not certain. That is worked out when next asked: by
+        then there may be a newer prediction.
 
         Layer -1 means before layer 0: the rows are those of the last layer, layer 0's first.
         """
         self.catch_up()
+        probabilities, first = probabilities[: len(self._value)].copy(), (layer + 1) % len(self._value)
+        if self._offered is not None:
+            behind = (self._offered[0] - first) % len(self._value)
+            if behind + len(self._offered[1]) > len(probabilities):  # it says something of other layers
+                self._take_in()
+        self._offered = first, probabilities
+
+    def _take_in(self) -> None:
+        """Books what has passed, and what was offered last."""
+        self.catch_up()
+        if self._offered is not None:
+            self._book()
+
+    def _book(self) -> None:
+        assert self._offered is not None
+        (first, p), self._offered = self._offered, None
         if not self._prompt:
             self._look_back()
-        targets = self._ahead[layer, : len(probabilities)]
-        p = probabilities[: len(targets)]
+        targets = self._ahead[first - 1, : len(p)]
         likely = p * self._odds[self._turn[targets], targets]
         self._value[targets] = likely / (likely + (1 - p))
         self._said[targets] = True
@@ -87,6 +105,8 @@ class Outlook:
     def catch_up(self) -> None:
         """Books what has passed. To be called where nobody waits for it; otherwise it is done when next asked."""
         for layer, experts, by_token in self._noted:
+            if self._offered is not None:
+                self._pass_by(layer)
             if layer == 0:
                 self._turn[:] = 0
             self._value[layer], self._said[layer], self._turn[layer] = self.prior, False, 1
@@ -101,6 +121,16 @@ class Outlook:
             if last:
                 self._turn[:] = 0
         self._noted.clear()
+
+    def _pass_by(self, layer: int) -> None:
+        """What was offered of a layer that has passed is of no use."""
+        assert self._offered is not None
+        first, probabilities = self._offered
+        behind = (layer - first) % len(self._value)
+        if behind == 0:
+            self._offered = (first + 1) % len(self._value), probabilities[1:]
+        elif behind < len(probabilities):  # it is not the turn of this layer
+            self._book()
 
     def _look_back(self) -> None:
         if not self._stale:
@@ -117,7 +147,7 @@ class Outlook:
 
     def clear(self) -> None:
         """Drops every prediction."""
-        self._value[:], self._said[:] = self.prior, False
+        self._value[:], self._said[:], self._offered = self.prior, False, None
 
     def hold(self, key: Key, held: bool) -> None:
         """Whether `key` is on the device or on its way."""
@@ -125,16 +155,17 @@ class Outlook:
 
     def forget(self, key: Key) -> None:
         """Not worth a load until the next prediction (its load has failed)."""
+        self._take_in()
         self._value[key] = 0.0
 
     def likely(self, key: Key) -> bool:
         """Whether it is likely enough for a speculative load."""
-        self.catch_up()
+        self._take_in()
         return bool(self._value[key] > self._floor)
 
     def any_likely(self) -> bool:
         """Whether any absent expert is likely enough for a speculative load."""
-        self.catch_up()
+        self._take_in()
         return bool(((self._value > self._floor) & ~self._held).any())
 
     def best(self, layer: int, reach: int | None = None) -> tuple[Key, float] | None:
@@ -151,7 +182,7 @@ class Outlook:
         Returns:
           The key and its probability, which decides about evictions.
         """
-        self.catch_up()
+        self._take_in()
         if not self._said.any():  # then nothing is likelier than the prior
             return None
         order = self._ahead[layer, :reach]
@@ -181,6 +212,6 @@ class Outlook:
 
     def _likelihood(self) -> np.ndarray:
         """Of use at the layer's next turn, float32 [L, E]: as predicted, or as the text lets expect."""
-        self.catch_up()
+        self._take_in()
         self._look_back()
         return np.where(self._said[:, None], self._value, self._chance[self._turn, self._layers])

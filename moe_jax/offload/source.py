@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
-from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.model.experts import ExpertWeights, Key, Lent
 from moe_jax.offload.history import Expect
 from moe_jax.offload.inline import InlineLoader
 from moe_jax.offload.loader import Loader
@@ -157,20 +157,24 @@ class OffloadedExperts:
         """Whether `take` would not have to wait for these experts now."""
         return all((layer, int(expert)) in self.store.resident for expert in experts)
 
-    def borrow(self, layer: int, experts: Sequence[int]) -> list[tuple[int, ExpertWeights]]:
-        """Those of these experts that are on the device, pinned, before `layer` states what it needs.
+    @property
+    def lends(self) -> bool:
+        """Whether `borrow` ever gives anything."""
+        return self._loader.lends
 
-        None of them, where computing with an expert before that might hold up what the layer will demand.
+    def borrow(self, layer: int, experts: Sequence[int] | None = None) -> Lent | None:
+        """Those of these experts that there are, before `layer` states what it needs; they stay until `give_back`.
+
+        `experts`: None: all of the layer. Returns None if there are none.
         """
-        return [(key[1], weights) for key, weights in self._loader.borrow([(layer, expert) for expert in experts])]
+        return self._loader.borrow(layer, experts)
 
-    def give_back(self, layer: int, experts: Sequence[int], needed: Sequence[int], after: jax.Array) -> None:
-        """Unpins what was borrowed, once `layer` has requested what it needs; `after` as for `release`.
+    def give_back(self, layer: int, needed: Sequence[int], after: jax.Array) -> None:
+        """Ends what `borrow` began, once `layer` has requested what it needs; `after` as for `release`.
 
-        Those of them that are `needed` count as taken and released.
+        `needed`: those of the experts lent that are; they count as taken and released.
         """
-        keys = [(layer, expert) for expert in experts]
-        self._loader.give_back(keys, [key for key in keys if key[1] in needed], after)
+        self._loader.give_back(layer, [(layer, expert) for expert in needed], after)
 
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
         """Blocks until these experts are on the device, and pins them; what was evicted meanwhile is loaded again.

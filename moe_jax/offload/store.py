@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
 
-from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.model.experts import ExpertWeights, Key, Lent
 from moe_jax.offload.policies import Eviction, Expected
 from moe_jax.trace import Load
 
@@ -68,6 +68,8 @@ class ArrayStore:
         self.draining: list[Entry] = []
         self.unpinned = np.zeros(shape, bool)
         self._in_use: dict[Key, Entry] = {}  # resident, and when last looked at still computed with
+        self._lent: dict[int, list[int]] = {}  # experts, by layer
+        self._lent_uses: dict[int, list[jax.Array]] = {}  # by layer; each is ready once all that was lent is idle again
         self.peak_bytes = 0
         self._policy, self._state = policy, policy.init()
 
@@ -114,11 +116,13 @@ class ArrayStore:
         """Tells the policy that `key` is needed, or was worth a speculative load."""
         self._state = self._policy.on_use(self._state, key, needed)
 
-    def pin(self, key: Key, used: bool = True) -> ExpertWeights:
-        """Guards a resident expert against eviction until as many `unpin`; `used`: something computes with it."""
+    def pin(self, key: Key) -> ExpertWeights:
+        """Guards a resident expert, which something is to compute with, against eviction until as many `unpin`."""
+        if key[0] in self._lent:
+            raise RuntimeError(f"expert {key} is taken before what was borrowed of its layer is given back")
         entry = self.resident[key]
         entry.pins += 1
-        entry.load.used |= used
+        entry.load.used = True
         self.unpinned[key] = False
         return entry.weights
 
@@ -133,8 +137,41 @@ class ArrayStore:
         entry.uses.append(after)
         self._in_use[key] = entry
 
+    def lend(self, layer: int, experts: Sequence[int] | None) -> Lent | None:
+        """Guards these experts of a layer (None: all), those that are here, against eviction until `give_back`.
+
+        None if there are none.
+        """
+        asked = range(self.unpinned.shape[1]) if experts is None else experts
+        entries = [self.resident.get((layer, expert)) for expert in asked]
+        here = [expert for expert, entry in zip(asked, entries, strict=True) if entry is not None]
+        if not here:
+            return None
+        self._lent[layer] = here
+        for expert in here:
+            self.unpinned[layer, expert] = False
+        other = self.resident[layer, here[0]].weights
+        there = [-1 if entry is None else expert for expert, entry in zip(asked, entries, strict=True)]
+        weights = tuple([other if entry is None else entry.weights for entry in entries])
+        return Lent(np.array(there, np.int32), weights)
+
+    def give_back(self, layer: int, after: jax.Array) -> None:
+        """Undoes one `lend`; all that was lent is in use until `after` is ready."""
+        for expert in self._lent.pop(layer):
+            self.unpinned[layer, expert] = True
+        self._lent_uses.setdefault(layer, []).append(after)
+        self._still_lent(layer)  # forgets completed uses, so that the list stays short
+
+    def _still_lent(self, layer: int) -> list[jax.Array]:
+        """What to wait for until nothing computes with what was lent of a layer."""
+        uses = self._lent_uses.get(layer)
+        if uses:
+            uses[:] = [use for use in uses if not is_ready(use)]
+        return uses or []
+
     def unpin_all(self) -> None:
         """Drops every pin. The runtime itself keeps the memory of a computation that still runs."""
+        self._lent.clear()
         if np.count_nonzero(self.unpinned) < len(self.resident):
             for key, entry in self.resident.items():
                 entry.pins = 0
@@ -146,6 +183,9 @@ class ArrayStore:
         table = table.copy()
         for key in self._in_use:
             table[key] = False
+        for layer in self._lent_uses:
+            if self._still_lent(layer):
+                table[layer] = False
         return table
 
     def victim(self, candidates: Collection[Key], expected: Expected) -> Key:
@@ -154,9 +194,11 @@ class ArrayStore:
 
     def evict(self, key: Key) -> None:
         """Gives up a resident expert; its bytes count until its last use has completed."""
-        if self.resident[key].pins:
+        if not self.unpinned[key]:
             raise RuntimeError(f"expert {key} is pinned and cannot be evicted")
-        self.draining.append(self.resident.pop(key))
+        entry = self.resident.pop(key)
+        entry.uses = entry.uses + self._still_lent(key[0])
+        self.draining.append(entry)
         self.unpinned[key] = False
         self._in_use.pop(key, None)
         self._of_layer[key[0]] -= 1
@@ -167,6 +209,8 @@ class ArrayStore:
         self.resident.clear()
         self.draining.clear()
         self._in_use.clear()
+        self._lent.clear()
+        self._lent_uses.clear()
         self.unpinned[:] = False
 
     def settle(self) -> None:

@@ -100,7 +100,8 @@ class ThreadLoader(Loader):
         self._work.notify_all()
 
     def _worth_a_look(self) -> bool:
-        return self._guess is not None or super()._worth_a_look()
+        # A thread that moves something looks for more by itself.
+        return not self._moving and (self._guess is not None or super()._worth_a_look())
 
     def _obtain(self) -> None:
         self._work.notify_all()

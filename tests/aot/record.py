@@ -116,10 +116,12 @@ class AbstractSource:
     def ready(self, layer: int, experts: Sequence[int]) -> bool:
         return True
 
-    def borrow(self, layer: int, experts: Sequence[int]) -> list[tuple[int, ExpertWeights]]:
-        return []
+    lends = False
 
-    def give_back(self, layer: int, experts: Sequence[int], needed: Sequence[int], after: Any) -> None:
+    def borrow(self, layer: int, experts: Sequence[int] | None = None) -> None:
+        return None
+
+    def give_back(self, layer: int, needed: Sequence[int], after: Any) -> None:
         pass
 
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:

@@ -111,22 +111,24 @@ def test_feature_counts(case, feature):
     parity.feature_counts(case, feature)
 
 
-def test_compile_covers_every_kind_of_layer(caplog):
+@pytest.mark.parametrize("apart, stages", [(False, 7), (True, 8)])
+def test_compile_covers_every_kind_of_layer(apart, stages, caplog):
     s = parity.subject(CASES[1])
     engine = Engine(
         Stages(s.architecture, jnp.float32), device_weights(s.dense, jnp.float32), ResidentExperts(s.checkpoint)
     )
+    engine.together = 1 if apart else engine.together
 
     def compiled() -> set[str]:
         text = " ".join(record.getMessage() for record in caplog.records)
         caplog.clear()
-        names = ("embed", "dense_layer", "route", "run_experts", "run_chosen", "combine", "head")
+        names = ("embed", "dense_layer", "route", "run_experts", "run_chosen", "run_held", "combine", "head")
         return {name for name in names if name in text}
 
     with jax.log_compiles():
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), s.checkpoint.expert_spec)
         compile_for(engine, [5], 3, committed(zeros))
-        assert len(compiled()) == 7
+        assert len(compiled()) == stages
         logits, state = engine.prefill([s.prompts[0][:5]], 3)
         for _ in range(3):
             logits = engine.decode(logits.argmax(-1).astype(np.int32), state)

@@ -13,6 +13,7 @@ from moe_jax.inference.grouping import arities, assign, bucket, calls, padded, s
 from moe_jax.inference.resident import ResidentExperts
 from moe_jax.inference.state import Record
 from moe_jax.model.decoder import Stages, device_weights
+from moe_jax.model.experts import Lent
 from moe_jax.prediction import predictors
 from tests import reference
 from tests.prediction.tiny_predictor import write_predictor
@@ -105,7 +106,7 @@ def test_a_prediction_is_offered_before_a_wait_and_after_work(model, missing, mo
         source, "take", lambda layer, experts: calls.append("take") or Watched.take(source, layer, experts)
     )
     monkeypatch.setattr(source, "offer", lambda layer, probabilities: calls.append(f"offer {layer}"))
-    monkeypatch.setattr(source, "borrow", lambda layer, experts: [])
+    monkeypatch.setattr(source, "borrow", lambda layer, experts: None)
     engine = Engine(plain.stages, plain.dense, source, predictors.load("router", 2, "", a, checkpoint.dense()))
     _, state = engine.prefill(prompts([5]), 2)
     calls.clear()
@@ -116,68 +117,87 @@ def test_a_prediction_is_offered_before_a_wait_and_after_work(model, missing, mo
     assert calls == ["offer -1", *(call.format(layer) for layer in range(a.num_layers) for call in order)]
 
 
-GUESSES = {
-    "right": lambda needed, others: needed,
-    "one right": lambda needed, others: [needed[-1], others[0]],
-    "wrong": lambda needed, others: others,
-    "everything": lambda needed, others: needed + others,
+HELD = {
+    "all": lambda needed, others: needed + others,
+    "what is needed": lambda needed, others: needed,
+    "one of it": lambda needed, others: [others[0], needed[-1]],
+    "what is not needed": lambda needed, others: others,
     "nothing": lambda needed, others: [],
 }
 
 
-@pytest.mark.parametrize("guess", GUESSES)
-def test_likely_experts_run_before_the_choice_is_known_and_change_no_bit(model, guess, monkeypatch):
+class Lending(Watched):
+    """Of each layer only some experts are there when it begins, as `held` says by step and layer."""
+
+    def __init__(self, checkpoint, held):
+        super().__init__(checkpoint)
+        self.held, self.calls = held, []
+
+    def borrow(self, layer, experts=None):
+        here = self.held[self.requested]
+        asked = range(len(self._experts[layer])) if experts is None else experts
+        self.calls.append(("borrow", layer, experts))
+        if not set(here) & set(asked):
+            return None
+        there = [expert if expert in here else -1 for expert in asked]
+        # Where one is not there, any other: it must not matter which.
+        return Lent(np.array(there, np.int32), tuple(self._experts[layer][e if e >= 0 else max(there)] for e in there))
+
+    def request(self, layer, experts, by_token=None):
+        self.calls.append(("request", layer, list(experts)))
+        return super().request(layer, experts)
+
+    def give_back(self, layer, needed, after):
+        self.calls.append(("give_back", layer, list(needed)))
+
+    def take(self, layer, experts):
+        self.calls.append(("take", layer, list(experts)))
+        return super().take(layer, experts)
+
+
+@pytest.mark.parametrize("predicted", [False, True])
+@pytest.mark.parametrize("held", HELD)
+def test_what_is_there_runs_before_the_choice_is_known_and_changes_no_bit(model, held, predicted, monkeypatch):
     directory, a, plain = model
     monkeypatch.setattr("moe_jax.inference.engine.LARGE_EXPERT", 0)
-    resident = Engine(plain.stages, plain.dense, plain.source)
-    resident.record = Record()
-    expected = greedy(resident, prompts([5]), 3)
-    needed, guesses = iter(resident.record.needed), []
+    apart = Engine(plain.stages, plain.dense, plain.source)
+    apart.record = Record()
+    monkeypatch.setattr(plain.source, "lends", False)
+    expected = greedy(apart, prompts([5]), 3)
+    needed = apart.record.needed
+    others = [[expert for expert in range(a.num_experts) if expert not in here] for here in needed]
+    here = [HELD[held](*both) for both in zip(needed, others, strict=True)]
 
-    def predicted(layer):
-        """For the layer after `layer`, as `Forecast` gives it; before layer 0 is -1."""
-        if layer == a.num_moe_layers - 1:  # the next token's layer 0 is predicted again
-            return jnp.zeros((1, a.num_experts)), None
-        here = next(needed)
-        others = [expert for expert in range(a.num_experts) if expert not in here]
-        guesses.append(sorted(GUESSES[guess](here, others)))
-        return jnp.asarray(np.isin(np.arange(a.num_experts), guesses[-1])[None], jnp.float32), None
-
-    calls, source = [], Watched(HFCheckpoint(directory))
-
-    def note(name):
-        method = getattr(source, name)
-        monkeypatch.setattr(source, name, lambda *args: calls.append((name, *args[:3])) or method(*args))
-
-    for name in ("borrow", "request", "give_back", "take"):
-        note(name)
-    engine = Engine(plain.stages, plain.dense, source, predictors.load("router", 1, "", a, plain.dense))
-    forecast = engine.forecast
-    assert forecast is not None
-    monkeypatch.setattr(forecast, "begin", lambda state, *rest: (predicted(-1), state))
-    monkeypatch.setattr(forecast, "after", lambda layer, state, *rest: (predicted(layer), state))
+    checkpoint = HFCheckpoint(directory)
+    source = Lending(checkpoint, here)
+    router = predictors.load("router", 1, "", a, plain.dense) if predicted else None
+    engine = Engine(plain.stages, plain.dense, source, router)
     logits, state = engine.prefill(prompts([5]), 3)
-    found = [np.asarray(logits)]
-    calls.clear()
+    found, source.calls, source.requested, source.offered = [np.asarray(logits)], [], 0, []
     for _ in range(3):
         found.append(np.asarray(engine.decode(found[-1].argmax(-1).astype(np.int32), state)))
     assert np.stack(found).tobytes() == expected.tobytes()
     order = []
-    for i, (here, guessed) in enumerate(zip(resident.record.needed, guesses, strict=True)):
-        layer = i % a.num_moe_layers
-        order += [("borrow", layer, guessed)] if guessed else []
-        order += [("request", layer, here)]
-        order += [("give_back", layer, guessed, here)] if guessed else []
-        order += [("take", layer, [expert]) for expert in here if expert not in guessed]
-    assert calls == order
+    for i, (use, there) in enumerate(zip(needed, here, strict=True)):
+        asked = None
+        if predicted:  # the likeliest, as offered before
+            [*_, likely] = [probabilities[0] for n, _, probabilities in source.offered if n == i]
+            asked = np.argsort(likely)[-2 * a.top_k :].tolist()
+        ahead = [expert for expert in use if expert in there and (asked is None or expert in asked)]
+        anything = set(there) & set(range(a.num_experts) if asked is None else asked)
+        order += [("borrow", i % a.num_moe_layers, asked), ("request", i % a.num_moe_layers, use)]
+        order += [("give_back", i % a.num_moe_layers, ahead)] if anything else []
+        order += [("take", i % a.num_moe_layers, [expert]) for expert in use if expert not in ahead]
+    assert source.calls == order
 
 
-@pytest.mark.parametrize("rows, large", [(2, True), (1, False)])
-def test_nothing_runs_ahead_in_a_batch_or_where_experts_share_calls(model, rows, large, monkeypatch):
+@pytest.mark.parametrize("rows, large, lends", [(2, True, True), (1, False, True), (1, True, False)])
+def test_nothing_runs_ahead_in_a_batch_or_where_experts_share_calls(model, rows, large, lends, monkeypatch):
     directory, a, plain = model
     if large:
         monkeypatch.setattr("moe_jax.inference.engine.LARGE_EXPERT", 0)
     source = Watched(HFCheckpoint(directory))
+    source.lends = lends
     monkeypatch.setattr(source, "borrow", lambda *args: pytest.fail("it would change how something is calculated"))
     engine = Engine(plain.stages, plain.dense, source, predictors.load("router", 1, "", a, plain.dense))
     greedy(engine, prompts([5] * rows), 2)

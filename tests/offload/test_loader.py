@@ -199,18 +199,34 @@ def test_speculation_spares_what_is_pinned_pending_or_in_use(opened, mode):
     s.release(0, [0], ready())
 
 
-def test_what_is_borrowed_is_there_and_stays(opened):
+@pytest.mark.parametrize("asked", [None, [0, 2, 3]])
+def test_what_is_borrowed_is_there_and_stays(opened, asked):
     bank = WatchedBank(3)
     s = opened(bank, 3, "thread")
     warm(s, (0, 0), (0, 1), (1, 2))
-    assert [expert for expert, _ in s.borrow(1, [0, 2, 3])] == [2]  # of layer 1, and what is not there is not loaded
+    assert s.borrow(2, asked) is None  # there is nothing of layer 2
+    lent = s.borrow(1, asked)
+    assert lent.experts.tolist() == [expert if expert == 2 else -1 for expert in asked or range(E)]
+    for weights in lent.weights:
+        check_contents((1, 2), weights)
     use(s, 0, [2, 3])  # takes the place of what is not borrowed
     assert {(1, 2), (0, 2), (0, 3)} == set(s.store.resident) and not bank.excess
     with pytest.raises(RuntimeError, match="3 experts are taken while 1 are not released"):
         s.request(2, [0, 1, 2])
         s.take(2, [0, 1, 2])
-    s.give_back(1, [2], [], ready())
+    s.give_back(1, [], ready())
     use(s, 2, [0, 1, 2])
+
+
+def test_only_what_is_asked_for_is_lent(opened):
+    s = opened(WatchedBank(3), 3, "thread")
+    warm(s, (1, 0), (1, 1), (1, 2))
+    lent = s.borrow(1, [2, 1])
+    assert lent.experts.tolist() == [2, 1]
+    for expert, weights in zip([2, 1], lent.weights, strict=True):
+        check_contents((1, expert), weights)
+    use(s, 0, [5])
+    assert set(s.store.resident) == {(0, 5), (1, 1), (1, 2)}
 
 
 def test_what_is_borrowed_counts_as_used_only_if_it_is_needed(opened):
@@ -218,10 +234,9 @@ def test_what_is_borrowed_counts_as_used_only_if_it_is_needed(opened):
     for expert in (0, 1):
         s.offer(0, predictions({expert: 1}))
         eventually(lambda expert=expert: (1, expert) in s.store.resident)
-    [(_, weights), _] = s.borrow(1, [0, 1])
-    check_contents((1, 0), weights)
+    s.borrow(1)
     s.request(1, [0])
-    s.give_back(1, [0, 1], [0, 5], ready())
+    s.give_back(1, [0], ready())
     assert s.trace.steps()[-1].outcomes == ("prefetched",)
     assert {load.expert: load.used for load in s.trace.loads} == {0: True, 1: False}
     use(s, 0, [2])
@@ -231,12 +246,15 @@ def test_what_is_borrowed_counts_as_used_only_if_it_is_needed(opened):
 
 def test_a_demand_goes_on_when_what_was_borrowed_in_vain_is_given_back(opened):
     """The smallest budget: what is borrowed is all there is, and nothing of it is needed."""
-    s = opened(WatchedBank(2), 2, "thread")
+    bank = WatchedBank(2)
+    s = opened(bank, 2, "thread")
     warm(s, (1, 0), (1, 1))
-    assert len(s.borrow(1, [0, 1])) == 2
+    assert s.borrow(1).experts.tolist() == [0, 1, *[-1] * (E - 2)]
     computing = Computation()
     s.request(1, [2, 3])
-    s.give_back(1, [0, 1], [2, 3], computing)
+    s.give_back(1, [], computing)
+    time.sleep(0.02)
+    assert (1, 2) not in bank.copied  # what was lent is computed with: its bytes count
     threading.Timer(0.05, computing.end).start()
     for expert in (2, 3):
         [weights] = within(5, s.take, 1, [expert])
@@ -244,18 +262,47 @@ def test_a_demand_goes_on_when_what_was_borrowed_in_vain_is_given_back(opened):
         s.release(1, [expert], ready())
 
 
+def test_speculation_does_not_wait_for_what_was_lent(opened):
+    bank = WatchedBank(3)
+    s = opened(bank, 3, "thread")
+    warm(s, (0, 0), (0, 1), (2, 2))
+    s.borrow(0)
+    s.request(0, [0])
+    s.give_back(0, [0], computing := Computation())
+    s.offer(0, predictions({4: 1.0}))
+    eventually(lambda: (1, 4) in s.store.resident)
+    assert set(s.store.resident) == {(0, 0), (0, 1), (1, 4)}
+    s.offer(0, predictions({4: 1.0, 5: 1.0}))
+    time.sleep(0.02)
+    assert (1, 5) not in bank.copied
+    computing.end()
+    s.offer(0, predictions({4: 1.0, 5: 1.0}))
+    eventually(lambda: (1, 5) in s.store.resident)
+
+
+def test_what_is_lent_is_not_taken_before_it_is_back(opened):
+    s = opened(WatchedBank(3), 3, "thread")
+    warm(s, (1, 0))
+    s.borrow(1)
+    s.request(1, [0])
+    with pytest.raises(RuntimeError, match=r"\(1, 0\) is taken before what was borrowed of its layer is given back"):
+        s.take(1, [0])
+    s.give_back(1, [], ready())
+    use(s, 1, [0])
+
+
 def test_pins_of_an_interrupted_step_are_dropped_with_what_it_borrowed(opened):
     s = opened(WatchedBank(2), 2, "thread")
     warm(s, (1, 0), (1, 1))
-    s.borrow(1, [0, 1])
+    s.borrow(1)
     s.begin_token(1)
     use(s, 0, [2, 3])
+    use(s, 1, [0, 1])
 
 
 def test_inline_lends_nothing_as_the_layers_copies_are_to_come(opened):
-    s = opened(WatchedBank(), L * E, "inline")
-    warm(s, (1, 0))
-    assert s.borrow(1, [0]) == []
+    assert not opened(WatchedBank(), L * E, "inline").lends
+    assert opened(WatchedBank(), L * E, "thread").lends
 
 
 @BOTH

@@ -1,5 +1,7 @@
 """What is worth a speculative copy."""
 
+from unittest import mock
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -174,12 +176,12 @@ def test_layers_of_the_running_and_of_the_next_token_are_corrected_by_their_own(
         return odds / (1 + odds)
 
     o.offer(L - 1, even)  # the token has ended: all layers are the next one's
-    np.testing.assert_allclose(o._value, corrected(first), rtol=1e-4)
+    np.testing.assert_allclose(o._likelihood(), corrected(first), rtol=1e-4)
     o.offer(-1, even)
-    np.testing.assert_allclose(o._value, corrected(first), rtol=1e-4)
+    np.testing.assert_allclose(o._likelihood(), corrected(first), rtol=1e-4)
     o.passed(0, [0, 1])
     o.offer(0, even)
-    np.testing.assert_allclose(o._value, corrected(np.stack([second[0], first[1], first[2]])), rtol=1e-4)
+    np.testing.assert_allclose(o._likelihood(), corrected(np.stack([second[0], first[1], first[2]])), rtol=1e-4)
 
 
 def test_what_a_token_used_is_known_though_nothing_was_predicted_since():
@@ -206,7 +208,7 @@ def test_of_a_prompt_every_token_counts_and_what_is_predicted_meanwhile_is_belie
         h.add_prompt(layer, used)
         if layer + 1 < L:
             o.offer(layer, predictions({3: 0.8}))
-            assert o._value[layer + 1, 3] == pytest.approx(0.8)
+            assert o._likelihood()[layer + 1, 3] == pytest.approx(0.8)
             rates = h.usual()[0, [1, 2, 3]]
             waits = L - layer + (1 - rates) * L / np.maximum(rates, LEAST_RATE * K / E)
             np.testing.assert_allclose(o.expected(layer, table((0, 1), (0, 2), (0, 3))), waits, rtol=1e-5)
@@ -262,6 +264,35 @@ def test_what_is_never_used_is_expected_at_last_after_a_while():
     for _ in range(200):
         run(o, (1, 2), (1, 2), (1, 2))
     assert o.expected(0, table((1, 3))) == pytest.approx([1 + (1 - LEAST) * L / (LEAST_RATE * K / E)])
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("pass"), st.integers(0, L - 1)),
+            st.tuples(st.just("offer"), st.integers(-1, L - 1), st.integers(1, L + 1), st.integers(0, 99)),
+        ),
+        max_size=12,
+    ),
+)
+def test_it_does_not_matter_when_what_is_offered_is_booked(events):
+    """In the usual order of layers and in any other."""
+    at_once, later = outlook(), outlook()
+    with mock.patch(
+        "moe_jax.offload.outlook.TRUST", 0.0
+    ):  # what the text has used so far counts as of when it is booked
+        for event, layer, *rest in events:
+            for o in (at_once, later):
+                if event == "pass":
+                    o.passed(layer, [0, 1])
+                else:
+                    o.offer(layer, np.random.default_rng(rest[1]).random((rest[0], E), np.float32))
+            at_once.likely((0, 0))  # books
+        for layer in range(L):
+            assert at_once.best(layer) == later.best(layer)
+    np.testing.assert_array_equal(at_once._value, later._value)
+    np.testing.assert_array_equal(at_once._said, later._said)
 
 
 def test_offered_arrays_are_not_aliased():

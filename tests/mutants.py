@@ -109,7 +109,7 @@ MUTANTS = {
         "moe_jax/inference/engine.py", {"if expert not in ahead.experts]": "if True]"}, ENGINE
     ),
     "the unlikely experts run ahead": Mutant(
-        "moe_jax/inference/engine.py", {".argsort()[-LIKELY *": ".argsort()[: LIKELY *"}, ENGINE
+        "moe_jax/inference/calls.py", {".argsort()[-LIKELY *": ".argsort()[: LIKELY *"}, ENGINE
     ),
     "another runs in the place of an expert that is not there": Mutant(
         "moe_jax/offload/store.py", {"[-1 if entry is None else expert for": "[expert for"}, LOSSLESS
@@ -119,9 +119,7 @@ MUTANTS = {
         {"weights).astype(outputs.dtype), (k, 0))": "weights).astype(outputs.dtype), (0, 0))"},
         ENGINE,
     ),
-    "experts of a batch run ahead": Mutant(
-        "moe_jax/inference/engine.py", {"return batch == 1 and ": "return "}, ENGINE
-    ),
+    "experts of a batch run ahead": Mutant("moe_jax/inference/calls.py", {"return batch == 1 and ": "return "}, ENGINE),
     "what is lent may be evicted": Mutant(
         "moe_jax/offload/store.py",
         {"        for expert in here:\n            self.unpinned[layer, expert] = False\n": ""},

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from moe_jax.inference.engine import Call, Engine
+from moe_jax.inference.calls import Call
+from moe_jax.inference.engine import Engine
 from moe_jax.inference.grouping import groups, unique_in_order
 from moe_jax.inference.state import DecodeState, Record
 from moe_jax.model.decoder import Stream, committed
@@ -79,10 +80,10 @@ def _plan(engine: Engine, record: Record, step: int, layer: int) -> list[tuple[S
     """The calls of a layer's experts, each with its experts."""
     ids, active = record.ids[step * engine.architecture.num_moe_layers + layer], record.active[step]
     chosen, needed = committed(ids), unique_in_order(ids, active)
-    if engine.runs_held(len(ids)):
+    if engine.source.lends and engine.calls.can_be_ahead(len(ids)):
         experts = np.arange(engine.architecture.num_experts, dtype=np.int32)
-        return [(experts.tolist(), engine.held(chosen, experts))]
-    return [(group, engine.call(chosen, active, group)) for group in groups(needed, engine.together)]
+        return [(experts.tolist(), engine.calls.ahead(chosen, experts))]
+    return [(group, engine.calls.group(chosen, active, group)) for group in groups(needed, engine.calls.together)]
 
 
 def lru_misses(record: Record, num_layers: int, experts_in_budget: int) -> list[Key]:

@@ -36,15 +36,15 @@ def compile_for(engine: Engine, prompt_lengths: Sequence[int], new_tokens: int, 
             else:
                 stages.dense_layer(layer, dense, rope, x, positions, kv)
         h, outputs = routed.h, routed.outputs
-        arities = [arity for arity in (1, 2, 4, 8) if arity <= engine.together]
+        arities = [arity for arity in (1, 2, 4, 8) if arity <= engine.calls.together]
         if decoding and B == 1:
             shapes = []
             for arity in arities:
-                call = engine.call(routed.ids, np.ones(1, bool), [0] * arity)
+                call = engine.calls.group(routed.ids, np.ones(1, bool), [0] * arity)
                 outputs, _ = call(outputs, h, (example,) * arity)
-            if engine.runs_held(B):
-                for arity in engine.held_arities():
-                    call = engine.held(routed.ids, np.full(arity, -1, np.int32))
+            if engine.source.lends and engine.calls.can_be_ahead(B):
+                for arity in engine.calls.looked_for(engine.forecast is not None):
+                    call = engine.calls.ahead(routed.ids, np.full(arity, -1, np.int32))
                     outputs, _ = call(outputs, h, (example,) * arity)
         elif decoding:
             buckets = sorted({bucket(n, B) for n in range(1, B + 1)})

@@ -7,7 +7,6 @@ resident ones.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,23 +15,17 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.inference.block import Block
+from moe_jax.inference.calls import ExpertCalls
 from moe_jax.inference.execution import Execution
 from moe_jax.inference.forecast import Announced, Forecast
-from moe_jax.inference.grouping import assign, groups, padded, power_of_two, unique_in_order, used_by_token
+from moe_jax.inference.grouping import groups, padded, power_of_two, unique_in_order, used_by_token
 from moe_jax.inference.state import DecodeState, Record
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import CHUNKS, Routed, Stages, Stream, committed, still
-from moe_jax.model.experts import ExpertSource, ExpertWeights
+from moe_jax.model.experts import ExpertSource
 
 SMALL_CHUNK = 32
 LEAST_CAPACITY = 256
-LARGE_EXPERT = 1 << 18
-"""Parameters from which on an expert's computation is worth a call of its own: those that are here run while others
-are still on their way. Smaller ones share calls, since a call costs more than it could hide."""
-LIKELY = 2
-"""So many times K experts are looked for on the device where it is predicted which are the likeliest."""
-Call = Callable[[jax.Array, jax.Array, tuple[ExpertWeights, ...]], tuple[jax.Array, jax.Array]]
-"""Runs a group of experts: output slots, h and the weights, to the updated slots and what is ready when it has run."""
 Sink = Callable[[int, int, Routed], None]
 """Receives (layer among those with experts, chunk, Routed with what the experts gave in `outputs`) during prefill, when
 the layer's experts have run; rows are [B, Tc] flattened."""
@@ -73,15 +66,13 @@ class Engine:
         self.architecture: Architecture = stages.architecture
         self.prefill_chunk = prefill_chunk
         self.max_seq_len = max_seq_len or self.architecture.max_seq_len
-        large = sum(map(math.prod, self.architecture.expert_shapes().values())) >= LARGE_EXPERT
-        self.together = 1 if large else self.architecture.top_k  # experts in one call at most
+        self.calls = ExpertCalls(stages)
         self.execution = execution
         self.use_predictor(predictor)
         self.record: Record | None = None
         ordinal = {layer: i for i, layer in enumerate(self.architecture.moe_layers)}
         # Every layer, and its number among those that have experts: what sources, predictors and records count by.
         self.numbered = [(layer, ordinal.get(layer)) for layer in range(self.architecture.num_layers)]
-        self._numbers = [committed(np.int32(expert)) for expert in range(self.architecture.num_experts)]
 
     def use_predictor(self, predictor: tuple[Any, Any, Any] | None) -> None:
         """Replaces the predictor, with its spec and parameters; compile again before the next request."""
@@ -259,33 +250,17 @@ class Engine:
             state.unseen.clear()
         return forecast
 
-    def runs_held(self, batch: int) -> bool:
-        """Whether the chosen experts that are there run before the host knows which they are.
-
-        So the device has work while the host finds out and goes on. Only for one token, and where each expert has a
-        call of its own anyway: how something is calculated must not depend on what is there.
-        """
-        return batch == 1 and self.together == 1 and self.source.lends
-
-    def held_arities(self) -> set[int]:
-        """How many experts are looked for at once."""
-        a = self.architecture
-        return {a.num_experts} | ({min(LIKELY * a.top_k, a.num_experts)} if self.forecast else set())
-
     def _run_held(self, layer: int, routed: Routed, chosen: jax.Array, said: Announced | None) -> Ahead | None:
         """Dispatches what is there of the experts int32 [B, K] that the layer is to run; None: nothing is.
 
         `said`: what was predicted for it.
         """
-        if not self.runs_held(len(chosen)):
+        if not (self.source.lends and self.calls.can_be_ahead(len(chosen))):
             return None
-        likely = None
-        if said is not None:  # a call takes longer for every array among its arguments
-            likely = said.probabilities[0].argsort()[-LIKELY * self.architecture.top_k :].tolist()
-        lent = self.source.borrow(layer, likely)
+        lent = self.source.borrow(layer, None if said is None else self.calls.likeliest(said.probabilities[0]))
         if lent is None:
             return None
-        outputs, after = self.held(chosen, lent.experts)(routed.outputs, routed.h, lent.weights)
+        outputs, after = self.calls.ahead(chosen, lent.experts)(routed.outputs, routed.h, lent.weights)
         return Ahead(lent.experts.tolist(), outputs, after)
 
     def _run_layer(
@@ -314,24 +289,11 @@ class Engine:
             outputs = ahead.outputs
             self.source.give_back(layer, [expert for expert in needed if expert in ahead.experts], ahead.after)
             needed = [expert for expert in needed if expert not in ahead.experts]
-        # Resident groups first.
-        for group in sorted(groups(needed, self.together), key=lambda group: max(rank[expert] for expert in group)):
+        left = groups(needed, self.calls.together)
+        for group in sorted(left, key=lambda group: max(rank[e] for e in group)):  # resident ones first
             if not self.source.ready(layer, group):
                 self._offer(said)
             weights = self.source.take(layer, group)
-            outputs, after = self.call(chosen, active, group)(outputs, routed.h, weights)
+            outputs, after = self.calls.group(chosen, active, group)(outputs, routed.h, weights)
             self.source.release(layer, group, after)
         return outputs
-
-    def held(self, chosen: jax.Array, experts: np.ndarray) -> Call:
-        """How those of one token's experts, `chosen` int32 [1, K], are called that are among `experts`, int32 [A]."""
-        return lambda outputs, h, weights: self.stages.held(outputs, h, chosen, experts, weights)
-
-    def call(self, chosen: Any, active: np.ndarray, group: Sequence[int]) -> Call:
-        """How a group of experts is called for rows that have `chosen` int32 [B, K]; `active` bool [B]: which count."""
-        if len(chosen) == 1:
-            numbers = tuple([self._numbers[expert] for expert in group])
-            return lambda outputs, h, weights: self.stages.chosen(outputs, h, chosen, numbers, weights)
-        ids = np.asarray(chosen)
-        rows, slots = assign(ids, active, group, len(ids))
-        return lambda outputs, h, weights: self.stages.experts(outputs, h, rows, slots, weights)

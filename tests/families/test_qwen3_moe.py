@@ -117,7 +117,7 @@ def test_compile_covers_every_kind_of_layer(apart, stages, caplog):
     engine = Engine(
         Stages(s.architecture, jnp.float32), device_weights(s.dense, jnp.float32), ResidentExperts(s.checkpoint)
     )
-    engine.together = 1 if apart else engine.together
+    engine.calls.together = 1 if apart else engine.calls.together
 
     def compiled() -> set[str]:
         text = " ".join(record.getMessage() for record in caplog.records)

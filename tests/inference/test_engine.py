@@ -97,7 +97,7 @@ def test_a_prediction_is_offered_before_a_wait_and_after_work(model, missing, mo
     """`missing`: which of a layer's experts, one call each, has to be waited for."""
     directory, a, plain = model
     checkpoint, calls = HFCheckpoint(directory), []
-    monkeypatch.setattr("moe_jax.inference.engine.LARGE_EXPERT", 0)
+    monkeypatch.setattr("moe_jax.inference.calls.LARGE_EXPERT", 0)
     source = Watched(checkpoint)
     record = Record()
     needed = lambda layer, expert: record.needed[layer].index(expert)
@@ -127,14 +127,14 @@ HELD = {
 
 
 class Lending(Watched):
-    """Of each layer only some experts are there when it begins, as `held` says by step and layer."""
+    """Of each layer only some experts are there when it begins, as `held` says."""
 
     def __init__(self, checkpoint, held):
         super().__init__(checkpoint)
-        self.held, self.calls = held, []
+        self.held, self.calls = iter(held), []
 
     def borrow(self, layer, experts=None):
-        here = self.held[self.requested]
+        here = next(self.held)
         asked = range(len(self._experts[layer])) if experts is None else experts
         self.calls.append(("borrow", layer, experts))
         if not set(here) & set(asked):
@@ -159,7 +159,7 @@ class Lending(Watched):
 @pytest.mark.parametrize("held", HELD)
 def test_what_is_there_runs_before_the_choice_is_known_and_changes_no_bit(model, held, predicted, monkeypatch):
     directory, a, plain = model
-    monkeypatch.setattr("moe_jax.inference.engine.LARGE_EXPERT", 0)
+    monkeypatch.setattr("moe_jax.inference.calls.LARGE_EXPERT", 0)
     apart = Engine(plain.stages, plain.dense, plain.source)
     apart.record = Record()
     monkeypatch.setattr(plain.source, "lends", False)
@@ -179,15 +179,16 @@ def test_what_is_there_runs_before_the_choice_is_known_and_changes_no_bit(model,
     assert np.stack(found).tobytes() == expected.tobytes()
     order = []
     for i, (use, there) in enumerate(zip(needed, here, strict=True)):
+        layer = i % a.num_moe_layers
         asked = None
         if predicted:  # the likeliest, as offered before
             [*_, likely] = [probabilities[0] for n, _, probabilities in source.offered if n == i]
             asked = np.argsort(likely)[-2 * a.top_k :].tolist()
         ahead = [expert for expert in use if expert in there and (asked is None or expert in asked)]
         anything = set(there) & set(range(a.num_experts) if asked is None else asked)
-        order += [("borrow", i % a.num_moe_layers, asked), ("request", i % a.num_moe_layers, use)]
-        order += [("give_back", i % a.num_moe_layers, ahead)] if anything else []
-        order += [("take", i % a.num_moe_layers, [expert]) for expert in use if expert not in ahead]
+        order += [("borrow", layer, asked), ("request", layer, use)]
+        order += [("give_back", layer, ahead)] if anything else []
+        order += [("take", layer, [expert]) for expert in use if expert not in ahead]
     assert source.calls == order
 
 
@@ -195,7 +196,7 @@ def test_what_is_there_runs_before_the_choice_is_known_and_changes_no_bit(model,
 def test_nothing_runs_ahead_in_a_batch_or_where_experts_share_calls(model, rows, large, lends, monkeypatch):
     directory, a, plain = model
     if large:
-        monkeypatch.setattr("moe_jax.inference.engine.LARGE_EXPERT", 0)
+        monkeypatch.setattr("moe_jax.inference.calls.LARGE_EXPERT", 0)
     source = Watched(HFCheckpoint(directory))
     source.lends = lends
     monkeypatch.setattr(source, "borrow", lambda *args: pytest.fail("it would change how something is calculated"))

@@ -60,7 +60,7 @@ class Setting:
     def call_apart(self, apart: bool) -> None:
         """Whether every expert has a call of its own, as large ones do; likely ones then run ahead."""
         for engine in (self.resident, *self.engines.values()):
-            engine.together = 1 if apart else self.a.top_k
+            engine.calls.together = 1 if apart else self.a.top_k
 
     def offloaded(self, predictor: str, budget: int, mode, delays: int | None) -> tuple[Engine, OffloadedExperts]:
         rng = random.Random(delays)

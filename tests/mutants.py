@@ -105,6 +105,15 @@ MUTANTS = {
         },
         LOSSLESS,
     ),
+    "a step goes on with what other tokens had begun": Mutant(
+        "moe_jax/inference/engine.py", {" or entered.tokens is not tokens": ""}, ENGINE
+    ),
+    "a step goes on with rows that have ended": Mutant(
+        "moe_jax/inference/engine.py", {" or (entered.active != state.active).any()": ""}, ENGINE
+    ),
+    "what a predictor learns of a token that enters is lost": Mutant(
+        "moe_jax/inference/engine.py", {"routed, state.predictor = entered": "routed, _ = entered"}, ENGINE
+    ),
     "an expert that ran ahead runs again": Mutant(
         "moe_jax/inference/engine.py", {"if expert not in ahead.experts]": "if True]"}, ENGINE
     ),

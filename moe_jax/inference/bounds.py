@@ -52,9 +52,9 @@ class Replay:
     def _step(self, state: DecodeState, step: int, batch: int) -> float:
         engine, stages, plan = self._engine, self._engine.stages, self._plans[step]
         lengths, active = self._record.lengths[step], self._record.active[step]
-        positions = jax.device_put(np.where(active, lengths, self._capacity).astype(np.int32)[:, None])
+        tokens, at = committed(np.zeros(batch, np.int32)), np.where(active, lengths, self._capacity).astype(np.int32)
         started = time.perf_counter()
-        x = stages.begin(engine.dense, np.zeros(batch, np.int32))
+        x, positions = stages.begin(engine.dense, tokens, at)
         for index, layer in engine.numbered:
             if layer is None:
                 x = stages.dense_layer(index, engine.dense, state.rope, x, positions, state.kv)

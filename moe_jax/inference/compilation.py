@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.grouping import bucket, sizes
-from moe_jax.model.decoder import CHUNKS, Stream
+from moe_jax.model.decoder import CHUNKS, Stream, committed
 from moe_jax.model.experts import ExpertWeights
 
 
@@ -28,8 +28,11 @@ def compile_for(engine: Engine, prompt_lengths: Sequence[int], new_tokens: int, 
     chunks = -(-max(prompt_lengths) // Tc)
     for T, decoding in ((Tc, False), (1, True)):
         tokens = np.zeros((B, T), np.int32)
-        x = stages.begin(dense, tokens[:, 0]) if decoding else stages.embed(dense, tokens)
         kv, positions = stages.kv_cache(B, S), np.zeros((B, T), np.int32)
+        if decoding:
+            x, positions = stages.begin(dense, committed(tokens[:, 0]), positions[:, 0])
+        else:
+            x = stages.embed(dense, tokens)
         for layer in {kind: layer for layer, kind in enumerate(a.layers)}.values():  # one of each kind
             if a.layers[layer].dense_ff is None:
                 routed = stages.route(layer, dense, rope, x, positions, kv)
@@ -65,5 +68,5 @@ def compile_for(engine: Engine, prompt_lengths: Sequence[int], new_tokens: int, 
     if engine.execution is not None:
         jax.block_until_ready(engine.execution.warm_up(routed))
     if engine.forecast is not None:
-        engine.forecast.compile(B, lambda tokens: stages.begin(dense, tokens).residual)
+        engine.forecast.compile(B, lambda tokens: stages.begin(dense, tokens, np.zeros(B, np.int32))[0].residual)
     return time.perf_counter() - began

@@ -19,7 +19,7 @@ from moe_jax.inference.calls import ExpertCalls
 from moe_jax.inference.execution import Execution
 from moe_jax.inference.forecast import Announced, Forecast
 from moe_jax.inference.grouping import groups, padded, power_of_two, unique_in_order, used_by_token
-from moe_jax.inference.state import DecodeState, Record
+from moe_jax.inference.state import DecodeState, Entered, Record
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import CHUNKS, Routed, Stages, Stream, committed, still
 from moe_jax.model.experts import ExpertSource
@@ -71,6 +71,7 @@ class Engine:
         self.use_predictor(predictor)
         self.record: Record | None = None
         ordinal = {layer: i for i, layer in enumerate(self.architecture.moe_layers)}
+        self.first = self.architecture.moe_layers[0]
         # Every layer, and its number among those that have experts: what sources, predictors and records count by.
         self.numbered = [(layer, ordinal.get(layer)) for layer in range(self.architecture.num_layers)]
 
@@ -174,25 +175,45 @@ class Engine:
 
     # ---- decode ------------------------------------------------------------------------------------------------
 
+    def enter(self, tokens: jax.Array | np.ndarray, state: DecodeState) -> Entered:
+        """Dispatches a step as far as it needs nothing from the host: up to the first choice of experts.
+
+        To be called before the host waits for `tokens`, int32 [B], so that the device goes on meanwhile. `decode` of
+        the same array does the rest; if it never comes, as the text has ended, nothing has happened.
+        """
+        given = tokens if isinstance(tokens, jax.Array) else committed(np.asarray(tokens, np.int32))
+        # A row that has ended writes past its cache, that is nowhere.
+        positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)
+        x, positions = self.stages.begin(self.dense, given, positions)
+        forecast = self._predicting(state)
+        said, predictor = None, state.predictor
+        if forecast is not None:
+            said, predictor = forecast.begin(predictor, x.residual, given, state.active)
+        for index in range(self.first):
+            x = self.stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
+        routed = self.stages.route(self.first, self.dense, state.rope, x, positions, state.kv)
+        state.entered = Entered(given, state.active, positions, forecast, routed, predictor, said)
+        return state.entered
+
     def decode(self, tokens: jax.Array | np.ndarray, state: DecodeState) -> jax.Array:
         """One step: tokens int32 [B] enter at each row's position; returns float32 logits [B, V]. Updates `state`."""
-        stages = self.stages
-        # A row that has ended writes past its cache, that is nowhere.
-        positions = jax.device_put(np.where(state.active, state.lengths, state.capacity).astype(np.int32)[:, None])
-        tokens = np.asarray(tokens, np.int32)
-        x = stages.begin(self.dense, tokens)
+        stages, entered = self.stages, state.entered
+        # Rows that have ended since are not to be predicted for. To enter again changes nothing else.
+        if entered is None or entered.tokens is not tokens or (entered.active != state.active).any():
+            entered = self.enter(tokens, state)
+        state.entered = None
         self.source.begin_token(state.step)
-        forecast, plan, said, true = self._predicting(state), None, None, []
+        positions, forecast, routed, state.predictor = entered[2:6]
+        x, said, plan, true = None, None, None, []
         # `plan`: of the next layer. `said`: what was last predicted.
-        if forecast is not None:
-            first, state.predictor = forecast.begin(state.predictor, x.residual, tokens, state.active)
-            if first is not None:
-                said, plan = Announced(-1, first[0]), first[1]
-        for index, layer in self.numbered:
+        if entered.said is not None:
+            said, plan = Announced(-1, entered.said[0]), entered.said[1]
+        for index, layer in self.numbered[self.first :]:
             if layer is None:
                 x = stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
                 continue
-            routed = stages.route(index, self.dense, state.rope, x, positions, state.kv)
+            if layer:
+                routed = stages.route(index, self.dense, state.rope, x, positions, state.kv)
             predicted = None
             if forecast is not None:
                 predicted, state.predictor = forecast.after(layer, state.predictor, routed, state.active)

@@ -69,9 +69,7 @@ class Forecast:
         """
         return committed(self.predictor.prime(self.spec, ids, step))
 
-    def begin(
-        self, state: Any, embedding: jax.Array, tokens: np.ndarray, active: np.ndarray
-    ) -> tuple[Said | None, Any]:
+    def begin(self, state: Any, embedding: jax.Array, tokens: jax.Array, active: np.ndarray) -> tuple[Said | None, Any]:
         """What is said before layer 0, from the token alone: embedding [B, D], tokens int32 [B]; and the next state.
 
         Nothing, where the predictor says nothing then.
@@ -84,12 +82,12 @@ class Forecast:
         features = Features(number, routed.residual, routed.logits, routed.ids, routed.gates)
         return self._apply(params, state, features, active)
 
-    def compile(self, batch: int, embed: Callable[[np.ndarray], jax.Array]) -> None:
+    def compile(self, batch: int, embed: Callable[[jax.Array], jax.Array]) -> None:
         """Compiles every call for a batch size, and measures `cost_s`; `embed`: int32 [B] -> [B, D]."""
         call = self.example(batch)
         jax.block_until_ready(call())
         self.cost_s = self.spec.num_layers * min(timeit.repeat(lambda: jax.block_until_ready(call()), number=1))
-        tokens = np.zeros(batch, np.int32)
+        tokens = committed(np.zeros(batch, np.int32))
         jax.block_until_ready(self.begin(self._no_state(batch), embed(tokens), tokens, np.ones(batch, bool)))
 
     def example(self, batch: int) -> Callable[[], Any]:

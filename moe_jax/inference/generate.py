@@ -26,7 +26,7 @@ class Output:
 
 @dataclasses.dataclass
 class Timing:
-    """Seconds; time to first token per batch, and of every later decode step."""
+    """Seconds; time to first token per batch, and from one token to the next, with all that a caller does meanwhile."""
 
     ttft_s: list[float] = dataclasses.field(default_factory=list)
     step_s: list[float] = dataclasses.field(default_factory=list)
@@ -77,15 +77,15 @@ class Generation:
         logits, state = engine.prefill([o.prompt_token_ids for o in outputs], self.max_new_tokens)
         self.capacity = state.capacity
         tokens = sample(logits, self.sampling, np.int32(0))
+        times, known = self.timing.ttft_s, began
         for step in range(self.max_new_tokens):
             if step:
-                started = time.perf_counter()
-                tokens = sample(engine.decode(tokens, state), self.sampling, np.int32(step))
-                ids = np.asarray(tokens)
-                self.timing.step_s.append(time.perf_counter() - started)
-            else:
-                ids = np.asarray(tokens)
-                self.timing.ttft_s.append(time.perf_counter() - began)
+                tokens, times = sample(engine.decode(tokens, state), self.sampling, np.int32(step)), self.timing.step_s
+            if step + 1 < self.max_new_tokens:
+                engine.enter(tokens, state)
+            ids, before = np.asarray(tokens), known
+            known = time.perf_counter()
+            times.append(known - before)
             active = state.active.copy()
             for row, output in enumerate(outputs):
                 if not active[row]:

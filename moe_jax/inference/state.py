@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from moe_jax.model.decoder import KVCache
+from moe_jax.inference.forecast import Forecast, Said
+from moe_jax.model.decoder import KVCache, Routed
 
 MEMORY_TOKENS = 256
 """Tokens that a predictor is told of afterwards when it was not asked for a while."""
+
+
+class Entered(NamedTuple):
+    """A step that has been dispatched up to the first choice of experts: see `Engine.enter`."""
+
+    tokens: jax.Array  # int32 [B]
+    active: np.ndarray  # bool [B], as it was then
+    positions: jax.Array  # int32 [B, 1]
+    forecast: Forecast | None  # who predicts in this step, if anyone
+    routed: Routed  # of the first layer that has experts
+    predictor: Any  # the predictor's state
+    said: Said | None  # what it has said already, if anything
 
 
 @dataclasses.dataclass
@@ -26,6 +39,7 @@ class DecodeState:
     predictor: Any = None  # the predictor's own state
     memory: Any = None  # the execution mode's own state
     unseen: deque[np.ndarray] = dataclasses.field(default_factory=lambda: deque(maxlen=MEMORY_TOKENS))
+    entered: Entered | None = None
     step: int = 0
 
     @property

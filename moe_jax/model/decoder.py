@@ -70,8 +70,8 @@ class Stages:
         def embed(embedding, tokens):
             return embedding[tokens]
 
-        def begin(embedding, tokens):
-            return still(embedding[tokens], a.top_k)
+        def begin(embedding, tokens, positions):
+            return still(embedding[tokens], a.top_k), positions[:, None]
 
         def entering(x, positions):
             return _combined(*x).reshape(*positions.shape, -1) if isinstance(x, Stream) else x
@@ -130,9 +130,9 @@ class Stages:
         # Only what is read is handed over: a call takes longer for every array among its arguments.
         return self._embed(dense["embedding"], tokens)
 
-    def begin(self, dense: Any, tokens: Any) -> Stream:
-        """What enters a decode step's first layer, of tokens int32 [B]."""
-        return self._begin(dense["embedding"], tokens)
+    def begin(self, dense: Any, tokens: jax.Array, positions: np.ndarray) -> tuple[Stream, jax.Array]:
+        """What enters a decode step's first layer, of tokens int32 [B] at positions int32 [B]; these as [B, 1]."""
+        return self._begin(dense["embedding"], tokens, positions)
 
     def head(self, dense: Any, x: Any) -> jax.Array:
         """Float32 logits [B, V] of x, a `Stream` or [B, 1, D]."""

@@ -92,6 +92,66 @@ def test_a_predictor_speaks_before_layer_0_has_stated_its_needs(model):
     assert np.asarray(decoded).tobytes() == np.asarray(plain.decode(np.array([7], np.int32), state)).tobytes()
 
 
+class Counting(predictors.Router):
+    """Says how often it was asked, in hundredths."""
+
+    def prime(self, spec, ids, step=0):
+        return jnp.zeros(ids.shape[1])
+
+    def apply(self, params, state, features):
+        prediction, _ = super().apply(params, state, features)
+        return prediction._replace(probability=0 * prediction.probability + state[:, None, None] / 100), state + 1
+
+    def begin(self, params, state, embedding, tokens):
+        prediction, _ = super().begin(params, state, embedding, tokens)
+        return prediction._replace(probability=0 * prediction.probability + state[:, None, None] / 100), state + 1
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_each_prediction_sees_the_memory_of_the_one_before(model, early):
+    directory, a, plain = model
+    checkpoint = HFCheckpoint(directory)
+    source, router = Watched(checkpoint), predictors.load("router", 2, "", a, checkpoint.dense())
+    assert router is not None
+    engine = Engine(plain.stages, plain.dense, source, (Counting(), *router[1:]))
+    _, state = engine.prefill(prompts([5]), 4)
+    source.offered = []
+    for tokens in (jnp.array([7], jnp.int32), jnp.array([8], jnp.int32)):
+        if early:
+            engine.enter(tokens, state)
+        engine.decode(tokens, state)
+    asked = [round(100 * float(said[0, 0])) for _, _, said in source.offered]
+    assert asked == list(range(2 * (a.num_layers + 1)))
+
+
+@pytest.mark.parametrize("case", ["as entered", "other tokens", "a row has ended"])
+def test_a_step_entered_early_is_the_same_step(model, case):
+    directory, a, plain = model
+    checkpoint = HFCheckpoint(directory)
+    predictor = predictors.load("router", 2, "", a, checkpoint.dense())
+    tokens, others = jnp.arange(7, 15, dtype=jnp.int32), jnp.full(8, 9, jnp.int32)  # three rows, padded
+
+    def two_steps(early: bool):
+        source = Watched(checkpoint)
+        engine = Engine(plain.stages, plain.dense, source, predictor)
+        _, state = engine.prefill(prompts([5, 3, 9]), 4)
+        out = []
+        for _ in range(2):
+            if early:
+                engine.enter(others if case == "other tokens" else tokens, state)
+                assert not out or source.offered[-1][1] == a.num_layers - 1  # until `decode` comes, nothing happens
+            if case == "a row has ended":
+                state.active = np.arange(8) == 1
+            out.append(np.asarray(engine.decode(tokens, state)))
+        return np.stack(out)[:, state.active], source.offered
+
+    (expected, said), (found, also_said) = two_steps(False), two_steps(True)
+    assert found.tobytes() == expected.tobytes()
+    assert len(said) == len(also_said)
+    for (n, layer, before), (m, other, after) in zip(said, also_said, strict=True):
+        assert (n, layer) == (m, other) and before.tobytes() == after.tobytes()
+
+
 @pytest.mark.parametrize("missing", [None, 0, 1])
 def test_a_prediction_is_offered_before_a_wait_and_after_work(model, missing, monkeypatch):
     """`missing`: which of a layer's experts, one call each, has to be waited for."""

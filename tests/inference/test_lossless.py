@@ -90,11 +90,15 @@ def models(tmp_path_factory):
     return found
 
 
-def run(engine: Engine, rows, steps: int) -> np.ndarray:
+def run(engine: Engine, rows, steps: int, early: bool = False) -> np.ndarray:
+    """`early`: steps are entered before the host knows their tokens."""
     logits, state = engine.prefill(rows, steps)
-    out = [np.asarray(logits)]
+    out = [logits]
     for _ in range(steps):
-        out.append(np.asarray(engine.decode(out[-1].argmax(-1).astype(np.int32), state)))
+        tokens = out[-1].argmax(-1).astype(np.int32)
+        if early:
+            engine.enter(tokens, state)
+        out.append(engine.decode(tokens, state))
     return np.stack(out)
 
 
@@ -110,8 +114,11 @@ def run(engine: Engine, rows, steps: int) -> np.ndarray:
     delays=st.one_of(st.none(), st.integers(0, 10**6)),
     seed=st.integers(0, 10**6),
     apart=st.booleans(),
+    early=st.booleans(),
 )
-def test_bitwise_equal_to_the_resident_engine(models, top_k, predictor, share, lengths, mode, delays, seed, apart):
+def test_bitwise_equal_to_the_resident_engine(
+    models, top_k, predictor, share, lengths, mode, delays, seed, apart, early
+):
     tiny = models[top_k]
     rng = np.random.default_rng(seed)
     rows = [rng.integers(3, TINY.vocab_size, n).tolist() for n in lengths]
@@ -121,7 +128,7 @@ def test_bitwise_equal_to_the_resident_engine(models, top_k, predictor, share, l
     tiny.call_apart(apart)
     expected = run(tiny.resident, rows, 6)
     try:
-        assert expected.tobytes() == run(engine, rows, 6).tobytes()
+        assert expected.tobytes() == run(engine, rows, 6, early).tobytes()
         assert source.store.peak_bytes <= source.store.budget_bytes
         if mode == "disk":
             # Memory that is about to come back may be replaced, no more: of what three threads and the decode thread

@@ -98,7 +98,7 @@ MUTANTS = {
         "moe_jax/inference/engine.py",
         {
             "        outputs = routed.outputs\n        if ahead": "        outputs = routed.outputs\n"
-            "        self.arrival = np.argsort([rank[e] for e in needed]) if len(ids) == 1 else slice(None)\n"
+            "        self.arrival = np.argsort([order.index(e) for e in needed]) if len(ids) == 1 else slice(None)\n"
             "        if ahead",
             "Stream(routed.residual, outputs, gates)": "Stream("
             "routed.residual, outputs[self.arrival], gates[:, self.arrival])",
@@ -163,7 +163,7 @@ MUTANTS = {
         "moe_jax/offload/disk.py", {"-(-count // self._sharers) * self._sharers": "count"}, "tests/offload/test_disk.py"
     ),
     "speculation that the next layer evicts": Mutant(
-        "moe_jax/offload/loader.py", {"reach = 1 if": "reach = None if"}, "tests/offload/test_loader.py"
+        "moe_jax/offload/decisions.py", {"reach = 1 if": "reach = None if"}, "tests/offload/test_loader.py"
     ),
     "a prediction that wakes nobody": Mutant(
         "moe_jax/offload/outlook.py", {"return bool(((self._value": "return not bool(((self._value"}, OFFLOAD
@@ -212,7 +212,7 @@ MUTANTS = {
         "moe_jax/offload/outlook.py", {"value.any(1).argmax()": "value.any(1).cumsum().argmax()"}, OFFLOAD
     ),
     "a late load that spares nothing": Mutant(
-        "moe_jax/offload/loader.py", {'if outcome == "late":': "if False:"}, "tests/offload/test_loader.py"
+        "moe_jax/offload/decisions.py", {'if outcome == "late":': "if False:"}, "tests/offload/test_loader.py"
     ),
     "KV length off by one": Mutant(
         "moe_jax/inference/engine.py",

@@ -7,6 +7,7 @@ resident ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,14 +19,12 @@ from moe_jax.inference.block import Block
 from moe_jax.inference.calls import ExpertCalls
 from moe_jax.inference.execution import Execution
 from moe_jax.inference.forecast import Announced, Forecast
-from moe_jax.inference.grouping import groups, padded, power_of_two, unique_in_order, used_by_token
+from moe_jax.inference.grouping import groups, request_shapes, unique_in_order, used_by_token
 from moe_jax.inference.state import DecodeState, Entered, Record
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import CHUNKS, Routed, Stages, Stream, committed, still
 from moe_jax.model.experts import ExpertSource
 
-SMALL_CHUNK = 32
-LEAST_CAPACITY = 256
 Sink = Callable[[int, int, Routed], None]
 """Receives (layer among those with experts, chunk, Routed with what the experts gave in `outputs`) during prefill, when
 the layer's experts have run; rows are [B, Tc] flattened."""
@@ -82,23 +81,8 @@ class Engine:
     # ---- prefill -----------------------------------------------------------------------------------------------
 
     def shapes(self, prompt_lengths: Sequence[int], new_tokens: int) -> tuple[int, int, int]:
-        """(B, tokens per row and chunk, cache capacity) of a request: few values, so that executables are few.
-
-        Raises:
-          UserError: a prompt is empty or does not fit the context.
-        """
-        longest = max(prompt_lengths)
-        if min(prompt_lengths) < 1:
-            raise UserError("the prompt is empty; give at least one token")
-        if longest >= self.max_seq_len:
-            raise UserError(
-                f"the prompt has {longest} tokens and leaves no room to generate in a context of {self.max_seq_len};"
-                " shorten it, or raise --config.max_seq_len if the model allows"
-            )
-        batch = padded(len(prompt_lengths))
-        small, large = SMALL_CHUNK, max(1, self.prefill_chunk // batch)
-        capacity = min(max(power_of_two(longest + new_tokens), LEAST_CAPACITY), max(self.max_seq_len, 64))
-        return batch, small if batch == 1 and longest <= small else large, capacity
+        """Of a request, see `request_shapes`."""
+        return request_shapes(prompt_lengths, new_tokens, self.prefill_chunk, self.max_seq_len)
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, sink: Sink | None = None
@@ -192,7 +176,7 @@ class Engine:
         for index in range(self.first):
             x = self.stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
         routed = self.stages.route(self.first, self.dense, state.rope, x, positions, state.kv)
-        state.entered = Entered(given, state.active, positions, forecast, routed, predictor, said)
+        state.entered = Entered(given, state.active.copy(), positions, forecast, routed, predictor, said)
         return state.entered
 
     def decode(self, tokens: jax.Array | np.ndarray, state: DecodeState) -> jax.Array:
@@ -204,6 +188,7 @@ class Engine:
         state.entered = None
         self.source.begin_token(state.step)
         positions, forecast, routed, state.predictor = entered[2:6]
+        lends = self.source.lends and self.calls.can_be_ahead(len(state.active))
         x, said, plan, true = None, None, None, []
         # `plan`: of the next layer. `said`: what was last predicted.
         if entered.said is not None:
@@ -222,7 +207,7 @@ class Engine:
             else:
                 self._offer(said)
                 ids, gates = self.execution.decide(layer, routed, plan, state.memory, state.active)
-            ahead = self._run_held(layer, routed, ids, said)
+            ahead = self._run_held(layer, routed, ids, said) if lends else None
             self._offer(said)  # read only now: the device has work meanwhile
             said = None
             if predicted is not None:
@@ -231,16 +216,16 @@ class Engine:
                 self.record.predicted.append(None)
             outputs = self._run_layer(layer, routed, ids, state.active, said, ahead)
             x = Stream(routed.residual, outputs, gates)
-            true.append(np.asarray(routed.ids))
+            true.append(routed.ids)
         logits = stages.head(self.dense, x)
         self._offer(said)
         if self.record:  # only now: an interrupted step is not one
             self.record.active.append(state.active)
             self.record.lengths.append(state.lengths)
             if self.execution is not None:
-                self.record.routed += true
+                self.record.routed += map(np.asarray, true)
         if forecast is None and self.forecast is not None:
-            state.unseen.append(np.where(state.active[:, None], true, -1))
+            state.unseen.append(np.where(state.active[:, None], [*map(np.asarray, true)], -1))
         state.lengths = state.lengths + state.active
         state.step += 1
         return logits
@@ -250,7 +235,7 @@ class Engine:
         if said is None or said.offered:
             return
         probabilities = said.probabilities
-        if said.layer >= 0 and np.isnan(probabilities[0, 0]):
+        if said.layer >= 0 and math.isnan(probabilities.item(0)):
             assert self.forecast is not None
             raise UserError(f"predictor {self.forecast.predictor.name}: the run is not the one it was made for")
         self.source.offer(said.layer, probabilities)
@@ -276,8 +261,6 @@ class Engine:
 
         `said`: what was predicted for it.
         """
-        if not (self.source.lends and self.calls.can_be_ahead(len(chosen))):
-            return None
         lent = self.source.borrow(layer, None if said is None else self.calls.likeliest(said.probabilities[0]))
         if lent is None:
             return None
@@ -304,14 +287,16 @@ class Engine:
         if self.record:
             self.record.needed.append(needed)
             self.record.ids.append(ids)
-        rank = {expert: i for i, expert in enumerate(self.source.request(layer, needed))}
+        order = self.source.request(layer, needed)
         outputs = routed.outputs
         if ahead is not None:
             outputs = ahead.outputs
             self.source.give_back(layer, [expert for expert in needed if expert in ahead.experts], ahead.after)
             needed = [expert for expert in needed if expert not in ahead.experts]
+            if not needed:
+                return outputs
         left = groups(needed, self.calls.together)
-        for group in sorted(left, key=lambda group: max(rank[e] for e in group)):  # resident ones first
+        for group in sorted(left, key=lambda group: max(map(order.index, group))):  # resident ones first
             if not self.source.ready(layer, group):
                 self._offer(said)
             weights = self.source.take(layer, group)

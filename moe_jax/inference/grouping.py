@@ -1,4 +1,4 @@
-"""Which token rows go to which expert call. Depends on the routing alone, never on residency or timing."""
+"""Shapes of a request, and which token rows go to which expert call. Depends on the request and its routing alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_jax.errors import UserError
+
 MAX_ARITY = 8
+SMALL_CHUNK, LEAST_CAPACITY = 32, 256
 
 
 def power_of_two(n: int) -> int:
@@ -19,6 +22,32 @@ def power_of_two(n: int) -> int:
 def padded(batch: int) -> int:
     """Rows of a batch with its padding: 1, 8, 16, 32, ...; all batches up to 8 share their executables."""
     return 1 if batch == 1 else max(8, power_of_two(batch))
+
+
+def request_shapes(
+    prompt_lengths: Sequence[int], new_tokens: int, prefill_chunk: int, max_seq_len: int
+) -> tuple[int, int, int]:
+    """(B, tokens per row and chunk, cache capacity) of a request: few values, so that executables are few.
+
+    Args:
+      prefill_chunk: token rows of one chunk of the prefill, over all prompts.
+      max_seq_len: most positions of a row.
+
+    Raises:
+      UserError: a prompt is empty or does not fit the context.
+    """
+    longest = max(prompt_lengths)
+    if min(prompt_lengths) < 1:
+        raise UserError("the prompt is empty; give at least one token")
+    if longest >= max_seq_len:
+        raise UserError(
+            f"the prompt has {longest} tokens and leaves no room to generate in a context of {max_seq_len};"
+            " shorten it, or raise --config.max_seq_len if the model allows"
+        )
+    batch = padded(len(prompt_lengths))
+    small, large = SMALL_CHUNK, max(1, prefill_chunk // batch)
+    capacity = min(max(power_of_two(longest + new_tokens), LEAST_CAPACITY), max(max_seq_len, 64))
+    return batch, small if batch == 1 and longest <= small else large, capacity
 
 
 def bucket(count: int, limit: int) -> int:

@@ -145,7 +145,7 @@ class OffloadedExperts:
 
         `by_token`: of a prompt, the experts that each of its tokens uses, bool [T, E].
         """
-        experts = list(dict.fromkeys(map(int, experts)))
+        experts = list(dict.fromkeys(experts))
         outcomes = self._loader.request(layer, [(layer, expert) for expert in experts], by_token)
         self._loader.trace.step(layer, experts, outcomes)
         if "missed" not in outcomes and "late" not in outcomes:

@@ -32,7 +32,7 @@ class Block:
 
     def ids(self) -> np.ndarray:
         """What the router chose, int32 [chunks * R, K]; waits for it."""
-        self._ids = np.concatenate([np.asarray(r.ids) for r in self._routed])
+        self._ids = np.concatenate([np.asarray(r.told) for r in self._routed])
         return self._ids
 
     def run(self, expert: int, weights: ExpertWeights) -> jax.Array | None:

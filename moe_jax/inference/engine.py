@@ -172,7 +172,7 @@ class Engine:
         forecast = self._predicting(state)
         said, predictor = None, state.predictor
         if forecast is not None:
-            said, predictor = forecast.begin(predictor, x.residual, given, state.active)
+            said, predictor = forecast.begin(predictor, x.residual, given, state.device_active())
         for index in range(self.first):
             x = self.stages.dense_layer(index, self.dense, state.rope, x, positions, state.kv)
         routed = self.stages.route(self.first, self.dense, state.rope, x, positions, state.kv)
@@ -189,6 +189,7 @@ class Engine:
         self.source.begin_token(state.step)
         positions, forecast, routed, state.predictor = entered[2:6]
         lends = self.source.lends and self.calls.can_be_ahead(len(state.active))
+        active = state.device_active()
         x, said, plan, true = None, None, None, []
         # `plan`: of the next layer. `said`: what was last predicted.
         if entered.said is not None:
@@ -201,12 +202,13 @@ class Engine:
                 routed = stages.route(index, self.dense, state.rope, x, positions, state.kv)
             predicted = None
             if forecast is not None:
-                predicted, state.predictor = forecast.after(layer, state.predictor, routed, state.active)
+                predicted, state.predictor = forecast.after(layer, state.predictor, routed, active)
             if self.execution is None:
-                ids, gates = routed.ids, routed.gates
+                ids, gates, told = routed.ids, routed.gates, routed.told
             else:
                 self._offer(said)
                 ids, gates = self.execution.decide(layer, routed, plan, state.memory, state.active)
+                told = ids
             ahead = self._run_held(layer, routed, ids, said) if lends else None
             self._offer(said)  # read only now: the device has work meanwhile
             said = None
@@ -214,9 +216,9 @@ class Engine:
                 said, plan = Announced(layer, predicted[0]), predicted[1]
             elif self.record:
                 self.record.predicted.append(None)
-            outputs = self._run_layer(layer, routed, ids, state.active, said, ahead)
+            outputs = self._run_layer(layer, routed, ids, told, state.active, said, ahead)
             x = Stream(routed.residual, outputs, gates)
-            true.append(routed.ids)
+            true.append(routed.told)
         logits = stages.head(self.dense, x)
         self._offer(said)
         if self.record:  # only now: an interrupted step is not one
@@ -272,6 +274,7 @@ class Engine:
         layer: int,
         routed: Routed,
         chosen: jax.Array,
+        told: jax.Array,
         active: np.ndarray,
         said: Announced | None,
         ahead: Ahead | None,
@@ -279,10 +282,11 @@ class Engine:
         """What the experts give.
 
         Args:
+          chosen: which are to run, int32 [B, K]; told: the same, for the host.
           said: a prediction, offered before waiting for one of them.
           ahead: what has been dispatched.
         """
-        ids = np.asarray(chosen)
+        ids = np.asarray(told)
         needed = ids[0].tolist() if len(ids) == 1 else unique_in_order(ids, active)
         if self.record:
             self.record.needed.append(needed)

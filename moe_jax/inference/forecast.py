@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_jax.inference.execution import Execution, Plan
 from moe_jax.model.decoder import Routed, committed
+from moe_jax.model.platforms import for_host, jitted
 from moe_jax.prediction.interface import Features, Prediction, Predictor, Spec, at
 
 Said = tuple[jax.Array, Plan | None]
@@ -29,12 +30,12 @@ class Announced:
 
     def __init__(self, layer: int, probabilities: jax.Array):
         """`probabilities`: float32 [H, E] for the layers that follow."""
-        self.layer, self._device, self.offered = layer, probabilities, False
+        self.layer, self._made, self.offered = layer, probabilities, False
 
     @functools.cached_property
     def probabilities(self) -> np.ndarray:
-        """On the host."""
-        return np.asarray(self._device)
+        """As numpy has them; waits for them."""
+        return np.asarray(self._made)
 
 
 class Forecast:
@@ -48,8 +49,9 @@ class Forecast:
         """`execution`: None for `exact`; `dtype`: of the residual."""
         self.predictor, self.spec, self.cost_s = predictor, spec, 0.0
         self._execution, self._dtype = execution, dtype
-        self._apply = jax.jit(self._apply_fn)
-        self._begin = None if predictor.begin is None else jax.jit(self._begin_fn)
+        jit = functools.partial(jitted, platform=jax.default_backend(), dtype=jnp.float32)
+        self._apply = jit(self._apply_fn)
+        self._begin = None if predictor.begin is None else jit(self._begin_fn)
         self.use_parameters(params)
 
     def use_parameters(self, params: Any) -> None:
@@ -69,14 +71,14 @@ class Forecast:
         """
         return committed(self.predictor.prime(self.spec, ids, step))
 
-    def begin(self, state: Any, embedding: jax.Array, tokens: jax.Array, active: np.ndarray) -> tuple[Said | None, Any]:
+    def begin(self, state: Any, embedding: jax.Array, tokens: jax.Array, active: jax.Array) -> tuple[Said | None, Any]:
         """What is said before layer 0, from the token alone: embedding [B, D], tokens int32 [B]; and the next state.
 
         Nothing, where the predictor says nothing then.
         """
         return (None, state) if self._begin is None else self._begin(self.params, state, embedding, tokens, active)
 
-    def after(self, layer: int, state: Any, routed: Routed, active: np.ndarray) -> tuple[Said, Any]:
+    def after(self, layer: int, state: Any, routed: Routed, active: jax.Array) -> tuple[Said, Any]:
         """What is said once the router of a layer has run, and the next state."""
         params, number = self._own[layer]
         features = Features(number, routed.residual, routed.logits, routed.ids, routed.gates)
@@ -88,7 +90,7 @@ class Forecast:
         jax.block_until_ready(call())
         self.cost_s = self.spec.num_layers * min(timeit.repeat(lambda: jax.block_until_ready(call()), number=1))
         tokens = committed(np.zeros(batch, np.int32))
-        jax.block_until_ready(self.begin(self._no_state(batch), embed(tokens), tokens, np.ones(batch, bool)))
+        jax.block_until_ready(self.begin(self._no_state(batch), embed(tokens), tokens, committed(np.ones(batch, bool))))
 
     def example(self, batch: int) -> Callable[[], Any]:
         """A call of the predictor alone on zeros, for compilation and timing."""
@@ -96,7 +98,8 @@ class Forecast:
         residual, logits = jnp.zeros((batch, s.d_model), self._dtype), jnp.zeros((batch, s.num_experts), jnp.float32)
         ids, gates = jnp.zeros((batch, s.top_k), jnp.int32), jnp.zeros((batch, s.top_k), jnp.float32)
         features, state = Features(layer, *committed((residual, logits, ids, gates))), self._no_state(batch)
-        return lambda: self._apply(params, state, features, np.ones(batch, bool))
+        active = committed(np.ones(batch, bool))
+        return lambda: self._apply(params, state, features, active)
 
     def _no_state(self, batch: int) -> Any:
         return self.state(np.zeros((self.spec.num_layers, batch, 1, self.spec.top_k), np.int32))
@@ -116,4 +119,5 @@ class Forecast:
         probability, plan = prediction.probability, None
         if self._execution is not None:
             probability, plan = self._execution.plan(prediction, target)
-        return 1 - jnp.prod(jnp.where(active[:, None, None], 1 - probability, 1.0), axis=0), plan
+        needed = 1 - jnp.prod(jnp.where(active[:, None, None], 1 - probability, 1.0), axis=0)
+        return for_host(needed, jax.default_backend()), plan

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from moe_jax.inference.forecast import Forecast, Said
-from moe_jax.model.decoder import KVCache, Routed
+from moe_jax.model.decoder import KVCache, Routed, committed
 
 MEMORY_TOKENS = 256
 """Tokens that a predictor is told of afterwards when it was not asked for a while."""
@@ -41,10 +41,17 @@ class DecodeState:
     unseen: deque[np.ndarray] = dataclasses.field(default_factory=lambda: deque(maxlen=MEMORY_TOKENS))
     entered: Entered | None = None
     step: int = 0
+    _copied: tuple[np.ndarray, jax.Array] | None = None  # `active` as it was, and on the device
 
     @property
     def capacity(self) -> int:
         return self.kv[0][0].shape[2]
+
+    def device_active(self) -> jax.Array:
+        """`active` on the device, to which it is copied when it has changed: a copy takes longer than a call."""
+        if self._copied is None or (self._copied[0] != self.active).any():
+            self._copied = self.active.copy(), committed(self.active.copy())
+        return self._copied[1]
 
 
 @dataclasses.dataclass

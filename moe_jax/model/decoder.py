@@ -22,6 +22,7 @@ from moe_jax.memory import together
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import run_chosen, run_experts, run_held
 from moe_jax.model.layers import MODULES, Decoder
+from moe_jax.model.platforms import for_host, jitted
 from moe_jax.model.primitives import linear
 from moe_jax.model.rope import rope_table
 
@@ -41,6 +42,7 @@ class Routed(NamedTuple):
     ids: jax.Array  # [R, K] int32, the first choice first
     gates: jax.Array  # [R, K] float32
     outputs: jax.Array  # [R * K, D] the slots that `experts` fills; zeros
+    told: jax.Array  # `ids` where the host reads them soonest
 
 
 class Stream(NamedTuple):
@@ -55,6 +57,7 @@ class Stages:
     """The jitted stages of one architecture in one compute dtype.
 
     Attributes:
+      platform: on which they run.
       experts, chosen, held: `run_experts`, `run_chosen` and `run_held` (moe_jax.model.experts) with the model's
         activation. The output slots are donated.
       join: (h of CHUNKS chunks, [R, D] each) -> h [CHUNKS * R, D] and zeroed output slots for it.
@@ -62,8 +65,11 @@ class Stages:
       combine: (Routed.residual, outputs, gates, x for its shape) -> x [B, T, D].
     """
 
-    def __init__(self, a: Architecture, dtype: Any):
+    def __init__(self, a: Architecture, dtype: Any, platform: str = ""):
+        """`platform`: on which they will run, as jax names it; default: where jax runs."""
         self.architecture, self.dtype = a, dtype
+        self.platform = platform = platform or jax.default_backend()
+        jit = functools.partial(jitted, platform=platform, dtype=dtype)
         decoder = nnx.eval_shape(lambda: Decoder(a, dtype, rngs=nnx.Rngs(0)))
         norm_graph = nnx.graphdef(decoder.norm)
 
@@ -96,7 +102,7 @@ class Stages:
             if layer.shared is not None:
                 residual = residual + layer.shared(h)
             outputs = jnp.zeros((residual.shape[0] * a.top_k, a.d_model), h.dtype)
-            return Routed(residual, h, logits, ids, gates, outputs), kv
+            return Routed(residual, h, logits, ids, gates, outputs, for_host(ids, platform)), kv
 
         def join(chunks):
             h = jnp.concatenate(chunks)
@@ -116,14 +122,13 @@ class Stages:
         for layer, kind in zip(decoder.layers, a.layers, strict=True):
             if kind not in kinds:
                 stage = functools.partial(route if kind.dense_ff is None else dense_layer, nnx.graphdef(layer))
-                kinds[kind] = jax.jit(stage, donate_argnums=4)
+                kinds[kind] = jit(stage, donate_argnums=4)
         self._layers = [kinds[kind] for kind in a.layers]
-        self.experts = jax.jit(functools.partial(run_experts, a.experts.activation), donate_argnums=0)
-        self.chosen = jax.jit(functools.partial(run_chosen, a.experts.activation), donate_argnums=0)
-        self.held = jax.jit(functools.partial(run_held, a.experts.activation), donate_argnums=0)
-        self.join, self.split = jax.jit(join), jax.jit(split)
-        self.combine = jax.jit(combine)
-        self._embed, self._begin, self._head = jax.jit(embed), jax.jit(begin), jax.jit(head)
+        self.experts = jit(functools.partial(run_experts, a.experts.activation), donate_argnums=0)
+        self.chosen = jit(functools.partial(run_chosen, a.experts.activation), donate_argnums=0)
+        self.held = jit(functools.partial(run_held, a.experts.activation), donate_argnums=0)
+        self.join, self.split, self.combine = jit(join), jit(split), jit(combine)
+        self._embed, self._begin, self._head = jit(embed), jit(begin), jit(head)
 
     def embed(self, dense: Any, tokens: Any) -> jax.Array:
         """x [B, T, D] of tokens int32 [B, T]."""

@@ -41,8 +41,8 @@ class ExpertSource(Protocol):
     """Where the decode loop gets experts from: all resident, or through a byte budget.
 
     Attributes:
-      lends: whether `borrow` ever gives anything. Only to a CPU: an accelerator would compute with all it is given, and
-        what a layer demands might have to wait for that.
+      lends: whether `borrow` ever gives anything. Only to a CPU: on an accelerator what a layer demands might have to
+        wait for it, and another executable may round otherwise (seen on an H100).
     """
 
     @property

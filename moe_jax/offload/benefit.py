@@ -16,8 +16,9 @@ class Benefit:
         self._on = True
         self._tokens = -1  # weighed since the last change of mind; the first call speaks of the prompt, not of a token
         self._least = TRIAL  # of them before the next one
-        self._stall = self._hidden = 0.0  # of the token that runs, seconds
+        self._stall = self._hidden = self._spent = 0.0  # of the token that runs, seconds
         self._average = 0.0
+        self._host = 0.0  # average of what was spent
 
     def hid(self, seconds: float) -> None:
         """Speculation has spared a layer so much waiting."""
@@ -27,18 +28,27 @@ class Benefit:
         """The decode thread waited."""
         self._stall += seconds
 
+    def spent(self, seconds: float) -> None:
+        """The decode thread was busy with a prediction."""
+        self._spent += seconds
+
     def pays(self, cost_s: float) -> bool:
-        """Whether the next token is worth predictions of `cost_s` seconds. To be asked once per token.
+        """Whether the next token is worth predictions of `cost_s` seconds, and what the decode thread spends on them
+        besides. To be asked once per token.
 
         While there are predictions, what they have hidden counts; while there are none, all waiting, which is the most
         that they could hide. The gap between the two thresholds keeps the answer from changing with every token.
         """
-        gain = self._hidden if self._on else self._stall
-        self._stall = self._hidden = 0.0
+        gain, spent = self._hidden if self._on else self._stall, self._spent
+        self._stall = self._hidden = self._spent = 0.0
         self._tokens += 1
         if self._tokens:
-            self._average += (gain - self._average) / min(self._tokens, WINDOW)
-        if self._tokens >= self._least and self._on != (self._average > cost_s * (1 if self._on else 2)):
+            part = 1 / min(self._tokens, WINDOW)
+            self._average += (gain - self._average) * part
+            if self._on:
+                self._host += (spent - self._host) * part
+        cost = cost_s + self._host
+        if self._tokens >= self._least and self._on != (self._average > cost * (1 if self._on else 2)):
             self._on = not self._on
             self._tokens, self._least, self._average = 0, WINDOW, 0.0
         return self._on

@@ -126,7 +126,7 @@ class Decisions:
         return load
 
     def _arrive(self, key: Key, weights: ExpertWeights, took: float | None = None) -> None:
-        """`took`: seconds that the link was busy with it, where that is not the time since its issue."""
+        """`took`: seconds that its layer would wait for it on demand, where that is not the time since its issue."""
         load = self.store.in_flight[key]
         self.store.commit(key, weights)
         load.t_done = time.perf_counter()

@@ -25,7 +25,8 @@ class InlineLoader(Loader):
         """`quota_bytes`: speculative bytes in flight at most; one expert is always allowed."""
         super().__init__(*args, **kwargs)
         self._guesses = max(1, quota_bytes // self.store.expert_bytes)
-        self._flights: dict[Key, tuple[ExpertWeights, float]] = {}  # arrays, and not to be noticed before this time
+        # Arrays, when they had been issued, and not to be noticed before this time.
+        self._flights: dict[Key, tuple[ExpertWeights, float, float]] = {}
         self._link_free = 0.0
 
     def close(self) -> None:
@@ -79,30 +80,32 @@ class InlineLoader(Loader):
         except Exception as error:
             self._fail(key, error)
             return
-        ready = 0.0
+        ready, issued = 0.0, time.perf_counter()
         if self._link_s or self._delay:
             ready = max(self._link_free, load.t_issue) + self._link_s + (self._delay(key) if self._delay else 0.0)
             self._link_free = ready
-        self._flights[key] = weights, ready
+        self._flights[key] = weights, issued, ready
 
     def _poll(self) -> None:
         if not self._flights:
             return
         now = time.perf_counter()
-        for key in [key for key, (weights, at) in self._flights.items() if at <= now and _all_ready(weights)]:
-            self._land(key)
+        for key in [key for key, (weights, _, at) in self._flights.items() if at <= now and _all_ready(weights)]:
+            self._land(key, self._copy_s)
 
-    def _land(self, key: Key) -> None:
-        """Waits for a copy in flight, and books its arrival."""
-        weights, at = self._flights[key]
-        time.sleep(max(0.0, at - time.perf_counter()))
+    def _land(self, key: Key, most: float = 0.0) -> None:
+        """Waits for a copy in flight, and books its arrival; `most`: it took no longer, it was not noticed at once."""
+        weights, issued, at = self._flights[key]
+        if (early := at - time.perf_counter()) > 0:
+            time.sleep(early)
         try:
             jax.block_until_ready(weights)
         except Exception as error:
             del self._flights[key], weights
             self._fail(key, error)
             return
-        self._arrive(key, self._flights.pop(key)[0])
+        took = time.perf_counter() - issued
+        self._arrive(key, self._flights.pop(key)[0], min(took, most) if most else took)
 
 
 def _all_ready(weights: ExpertWeights) -> bool:

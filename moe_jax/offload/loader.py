@@ -33,7 +33,7 @@ class Loader(Decisions):
       lends: whether `borrow` may give anything.
     """
 
-    lends = True
+    lends: bool
 
     def __init__(
         self,
@@ -141,8 +141,11 @@ class Loader(Decisions):
     def offer(self, layer: int, probabilities: np.ndarray) -> None:
         """Predictions float32 [H, E] for the layers after `layer`."""
         with self._lock:
+            began = time.perf_counter()
             self._outlook.offer(layer, probabilities)
-            if self._worth_a_look():
+            worth = self._worth_a_look()
+            self.benefit.spent(time.perf_counter() - began)
+            if worth:
                 self._kick()
 
     def unpin_all(self) -> None:

@@ -84,9 +84,9 @@ def puts(seconds: float) -> list[Put]:
 
 
 def overlaps(seconds: float, total: int = 32 * MIB) -> list[Overlap]:
-    """Every way to issue a copy of `total` bytes beside each kind of compute, in turn, medians."""
+    """Every way to issue a copy of `total` bytes, an expert's two matrices, beside each kind of compute; medians."""
     device, host = _memories()
-    arrays = [jax.device_put(_numbers(total // PUT_LIST), host) for _ in range(PUT_LIST)]
+    arrays = [jax.device_put(_numbers(total // 2), host) for _ in range(2)]
     put = lambda: jax.device_put(arrays, device)
     wait = jax.block_until_ready
     copy_s = _median(lambda: wait(put()), seconds / 5)
@@ -158,7 +158,8 @@ def choose(platform: str, put: Sequence[Put], overlap: Sequence[Overlap], read: 
     """The settings that the measurements speak for; near the default nothing changes.
 
     issue_mode: the default of the platform, unless the other way hides clearly more, both computes taken together.
-    inline_quota_bytes: the least in flight that keeps the link near its best; a demand waits for all of it.
+    inline_quota_bytes: what the link moves at its best in the time that the smallest copy takes: with so much in flight
+      it does not wait for the next call. A demand waits for all of it.
     read_threads, slice_bytes: the fewest threads, then the smallest slice, near the best: a demand waits for one.
     """
     hidden = {how: statistics.mean(o.hidden for o in overlap if o.how == how) for how in ("before", "thread")}
@@ -166,7 +167,8 @@ def choose(platform: str, put: Sequence[Put], overlap: Sequence[Overlap], read: 
     default = Settings.default(platform).issue_mode
     best = max(ways, key=lambda mode: ways[mode])
     mode = best if ways[best] > ways[default] + CLEARLY else default
-    quota = min(_near(put, lambda p: p.bytes_per_s), key=lambda p: p.nbytes).nbytes if mode == "inline" else 0
+    latency, rate = min(p.seconds for p in put), max(p.bytes_per_s for p in put)
+    quota = round(latency * rate) if mode == "inline" else 0
     good = _near(read, lambda r: r.bytes_per_s)
     threads = min(r.threads for r in good)
     slice_bytes = min(r.slice_bytes for r in good if r.threads == threads)

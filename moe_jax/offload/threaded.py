@@ -47,6 +47,7 @@ class ThreadLoader(Loader):
 
     def __init__(self, *args: Any, threads: int = 1, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.lends = jax.default_backend() == "cpu"  # see `ExpertSource`
         self._work = threading.Condition(self._lock)  # for the threads
         self._arrived = threading.Condition(self._lock)  # for `take`
         self._stop = threading.Event()  # ends simulated waits at once

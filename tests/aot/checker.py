@@ -12,8 +12,11 @@ HOST = {
     "computation on the host": r'"HostExecute"|_xla_compute_type="host"|async_execution_thread="host',
     "a call of Python": r'custom_call_target="[^"]*callback[^"]*"',
     "a transfer to or from the host": r"is_host_transfer=true|\b(?:infeed|outfeed)\(",
-    "host memory": r"\{[^{}]*S\(5\)\}|annotate_device_placement",
+    "placement left to whoever runs it": r"annotate_device_placement",
 }
+_IN_HOST_MEMORY = re.compile(r"(\w+)\[([\d,]*)\]\{[^{}]*S\(5\)\}")
+_TOLD = re.compile(r"s32 \d+,\d+")
+_TOLD_BYTES = 8192  # of a chunk of 256 tokens, 8 experts each
 # What gives an array without making one.
 _FREE = {"parameter", "bitcast", "get-tuple-element", "tuple", "constant"}
 # `%name = bf16[4096,14336]{1,0:T(8,128)(2,1)S(1)} operation(...)`
@@ -71,9 +74,12 @@ def _holds(shape: tuple[int, ...], matrix: tuple[int, ...]) -> bool:
 
 
 def host_compute(executable: Executable) -> list[str]:
-    """Anything that happens on the host or in its memory."""
+    """Anything that happens on the host or in its memory, but for the router's choice, which the host is told."""
     found = [f"{executable}: {what}" for what, pattern in HOST.items() if re.search(pattern, executable.hlo)]
-    if executable.host_bytes:
+    kept = {f"{dtype} {dims}" for dtype, dims in _IN_HOST_MEMORY.findall(executable.hlo)}
+    told = {what for what in kept if executable.stage == "route" and _TOLD.fullmatch(what)}
+    found += [f"{executable}: {what} in host memory" for what in sorted(kept - told)]
+    if executable.host_bytes > (_TOLD_BYTES if told else 0):
         found.append(f"{executable}: {executable.host_bytes} bytes in host memory")
     return found
 

@@ -31,6 +31,7 @@ from tests.aot.record import POSITIONS, QUANTISED, Recorder, abstract_engine, ab
 from tests.families.test_real_sizes import MODELS
 
 NEW_TOKENS, CHUNK = 512, 256
+PLATFORMS = {"h100": "gpu", "v5e": "tpu"}
 # As XLA describes an H100 SXM.
 H100 = """
 gpu_device_info {
@@ -75,10 +76,10 @@ class Compiled:
     hlo: str = ""
 
 
-def calls_of(a: Architecture, batch: int) -> list[tuple[Recorder, str, Any]]:
+def calls_of(a: Architecture, batch: int, platform: str) -> list[tuple[Recorder, str, Any]]:
     """What `Engine.compile` compiles for a batch of prompts that fill the cache."""
     with recording() as calls:
-        compile_for(abstract_engine(a), [POSITIONS - NEW_TOKENS] * batch, NEW_TOKENS, abstract_experts(a))
+        compile_for(abstract_engine(a, platform), [POSITIONS - NEW_TOKENS] * batch, NEW_TOKENS, abstract_experts(a))
         return list(calls.values())
 
 
@@ -135,7 +136,7 @@ def main(target: str, out: str) -> None:
     for model in ("Mixtral-8x7B", "Qwen3-30B-A3B"):
         a = family(MODELS[model].config).read_config(MODELS[model].config)
         for batch in (1, 8):
-            for function, phase, shapes in calls_of(a, batch):
+            for function, phase, shapes in calls_of(a, batch, PLATFORMS[target]):
                 # Of a batch only the stages that read the cache: they have the largest temporaries.
                 if batch == 1 or (batch, POSITIONS) in [cache_of(x.shape) for x in jax.tree.leaves(shapes)]:
                     done.append(compiled(compile, model, phase, batch, function, shapes))

@@ -143,8 +143,8 @@ class AbstractSource:
 class AbstractStages(Stages):
     """In bfloat16, with a cache without memory."""
 
-    def __init__(self, a: Architecture):
-        super().__init__(a, jnp.bfloat16)
+    def __init__(self, a: Architecture, platform: str):
+        super().__init__(a, jnp.bfloat16, platform)
 
     def kv_cache(self, batch: int, capacity: int) -> Any:
         a = self.architecture
@@ -152,8 +152,8 @@ class AbstractStages(Stages):
         return [tuple(jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes) for _ in a.layers]
 
 
-def abstract_engine(a: Architecture) -> Engine:
-    """To be made within `recording`."""
+def abstract_engine(a: Architecture, platform: str = "") -> Engine:
+    """To be made within `recording`; `platform` as for `Stages`."""
     Recorder.experts = a.num_experts
     dense = abstract_dense(a, jnp.bfloat16)
-    return Engine(AbstractStages(a), dense, AbstractSource(abstract_experts(a)), max_seq_len=POSITIONS)
+    return Engine(AbstractStages(a, platform), dense, AbstractSource(abstract_experts(a)), max_seq_len=POSITIONS)

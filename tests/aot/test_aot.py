@@ -186,6 +186,10 @@ def test_find_host_compute(result):
     assert any("computation on the host" in fault for fault in found(result, "host_compute")[1])
 
 
+def test_find_results_in_host_memory(result):
+    assert any("bf16 2,4096 in host memory" in fault for fault in found(result, "host_memory")[1])
+
+
 def test_find_a_callback(result):
     """A TPU's shows as a transfer; for a GPU it cannot even be compiled without one, so that the build fails."""
     assert "callback" in result.refused or any("transfer" in fault for fault in found(result, "callback")[1])

@@ -154,7 +154,8 @@ class Subject:
         ]
         if not a.experts.bias:
             experts = [w._replace(gate_up_bias=None, down_bias=None) for w in experts]
-        return np.asarray(dense_forward(a, _restricted(self.dense, like), experts, np.asarray(self.prompts[0])))
+        with jax.default_matmul_precision("float32"):  # accelerators would round the factors
+            return np.asarray(dense_forward(a, _restricted(self.dense, like), experts, np.asarray(self.prompts[0])))
 
 
 def randomise(model: Any) -> None:

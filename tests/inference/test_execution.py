@@ -222,7 +222,7 @@ def test_the_bonus_is_a_bound(tiny):
 
     def decide(*logits):
         unused = jnp.zeros(())
-        routed = Routed(unused, unused, jnp.array([logits], jnp.float32), unused, unused, unused)
+        routed = Routed(unused, unused, jnp.array([logits], jnp.float32), unused, unused, unused, unused)
         return aware.decide(0, routed, None, memory, np.array([True]))[0][0].tolist()
 
     assert sorted(decide(1.0, 0.9, 0.45, -1.0)) == [0, 2]  # 0.45 lower than 0.9, and there

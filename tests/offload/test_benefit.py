@@ -3,12 +3,13 @@
 from moe_jax.offload.benefit import TRIAL, WINDOW, Benefit
 
 
-def tokens(benefit, count, *, hidden=0.0, stall=0.0, cost=1.0):
+def tokens(benefit, count, *, hidden=0.0, stall=0.0, spent=0.0, cost=1.0):
     """The decisions of so many tokens, in each of which one expert was found early and one waited for."""
     decisions = []
     for _ in range(count):
         benefit.hid(hidden)
         benefit.stalled(stall)
+        benefit.spent(spent)
         decisions.append(benefit.pays(cost))
     return decisions
 
@@ -19,6 +20,16 @@ def test_predictions_that_hide_less_than_they_cost_end_after_a_trial():
 
 def test_predictions_that_pay_go_on():
     assert all(tokens(Benefit(), 100, hidden=1.1))
+
+
+def test_what_the_host_spends_on_them_is_a_cost_that_is_remembered():
+    benefit = Benefit()
+    assert all(tokens(benefit, 40, hidden=1.6, spent=0.5))
+    assert not tokens(benefit, 60, hidden=1.6, spent=0.7)[-1]
+    benefit = Benefit()
+    tokens(benefit, TRIAL + 1, hidden=1.6, spent=0.7)
+    assert not any(tokens(benefit, 3 * WINDOW, stall=3.3))
+    assert tokens(benefit, 10 * WINDOW, stall=3.5, hidden=3.5, spent=0.7)[-1]
 
 
 def test_the_trial_weighs_its_tokens_alike_and_not_the_prompt():

@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Any, cast
 
+import jax
 import pytest
 
 from moe_jax.errors import LoadError
@@ -303,6 +304,25 @@ def test_pins_of_an_interrupted_step_are_dropped_with_what_it_borrowed(opened):
 def test_inline_lends_nothing_as_the_layers_copies_are_to_come(opened):
     assert not opened(WatchedBank(), L * E, "inline").lends
     assert opened(WatchedBank(), L * E, "thread").lends
+
+
+def test_an_accelerator_is_lent_nothing_as_another_executable_may_round_otherwise(opened, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not opened(WatchedBank(), L * E, "thread").lends
+
+
+def test_inline_a_copy_takes_what_its_layer_would_wait_for(opened):
+    bank = WatchedBank(8)
+    s = opened(bank, 8, "inline", delay=lambda key: 0.08)
+    copy = bank.copy
+    bank.copy = lambda key: time.sleep(0.05) or copy(key)  # to issue it costs the same whenever that is done
+    use(s, 0, [4])
+    assert 0.01 < s._loader._copy_s < 0.06  # of 0.08
+    before = s._loader._copy_s
+    s.offer(0, predictions({1: 0.9}))
+    time.sleep(0.2)  # it has arrived long before it is noticed
+    s.request(1, [1])
+    assert s._loader._copy_s <= before
 
 
 @BOTH

@@ -102,7 +102,8 @@ class Stages:
             if layer.shared is not None:
                 residual = residual + layer.shared(h)
             outputs = jnp.zeros((residual.shape[0] * a.top_k, a.d_model), h.dtype)
-            return Routed(residual, h, logits, ids, gates, outputs, for_host(ids, platform)), kv
+            told: Any = None if platform == "cpu" else for_host(ids, platform)  # an output more has its price
+            return Routed(residual, h, logits, ids, gates, outputs, told), kv
 
         def join(chunks):
             h = jnp.concatenate(chunks)
@@ -151,7 +152,7 @@ class Stages:
           dense: all dense weights; rope: `rope`'s table; x: [B, T, D], or a `Stream`; positions: int32 [B, T].
         """
         routed, kv[layer] = self._layers[layer](dense["layers"][layer], rope, x, positions, kv[layer])
-        return routed
+        return routed if routed.told is not None else routed._replace(told=routed.ids)
 
     def dense_layer(self, layer: int, dense: Any, rope: Any, x: Any, positions: Any, kv: KVCache) -> jax.Array:
         """A whole layer without experts, x (as for `route`) to x. Replaces the layer's cache in `kv` (donated)."""

@@ -38,9 +38,9 @@ def host_compute(outputs, h, rows, slots, weights):
 
 
 def host_memory(outputs, h, rows, slots, weights):
-    """What the experts gave goes to the host."""
+    """What the experts gave goes to the host too."""
     outputs, after = sound(outputs, h, rows, slots, weights)
-    return jax.device_put(outputs, jax.memory.Space.Host), after
+    return outputs, after, jax.device_put(outputs, jax.memory.Space.Host)
 
 
 def callback(outputs, h, rows, slots, weights):

@@ -29,6 +29,7 @@ class Mutant(NamedTuple):
 LOSSLESS, ENGINE = "tests/inference/test_lossless.py", "tests/inference/test_engine.py"
 OFFLOAD = "tests/offload/test_history.py tests/offload/test_outlook.py tests/offload/test_loader.py"
 CPU, ATTENTION = "tests/model/test_cpu.py", "tests/model/test_attention.py"
+PLATFORMS = "tests/model/test_platforms.py"
 AHEAD_OF_TIME = "tests/aot"  # needs its dependency group: python tests/aot/compilers.py
 MUTANTS = {
     "listed weights of a packed matrix go to the first chunk": Mutant(
@@ -264,6 +265,29 @@ MUTANTS = {
         "moe_jax/evaluation/harness.py",
         {"position >= len(tokens) - count": "position > len(tokens) - count"},
         "tests/evaluation/test_harness.py",
+    ),
+    "an accelerator is lent experts": Mutant(
+        "moe_jax/offload/threaded.py", {'self.lends = jax.default_backend() == "cpu"': "self.lends = True"}, OFFLOAD
+    ),
+    "float32 is left to an accelerator's idea of it": Mutant(
+        "moe_jax/model/platforms.py", {'exact = platform != "cpu" and': 'exact = platform == "cpu" and'}, PLATFORMS
+    ),
+    "each expert has a call of its own on an accelerator": Mutant(
+        "moe_jax/inference/calls.py", {'if large and stages.platform == "cpu" else': "if large else"}, PLATFORMS
+    ),
+    "a copy is as slow as it is late noticed": Mutant(
+        "moe_jax/offload/inline.py", {"min(took, most) if most else took": "took"}, OFFLOAD
+    ),
+    "to issue a copy counts as waiting for it": Mutant(
+        "moe_jax/offload/inline.py",
+        {"ready, issued = 0.0, time.perf_counter()": "ready, issued = 0.0, load.t_issue"},
+        OFFLOAD,
+    ),
+    "what predictions cost the host is forgotten": Mutant(
+        "moe_jax/offload/benefit.py", {"cost = cost_s + self._host": "cost = cost_s"}, "tests/offload/test_benefit.py"
+    ),
+    "rows that have ended are predicted for": Mutant(
+        "moe_jax/inference/state.py", {"if self._copied is None or (": "if self._copied is None or not ("}, ENGINE
     ),
 }
 

@@ -57,6 +57,10 @@ def main() -> None:
     describe(model, chosen)
     with cli.status("compiling (the second run reads the compilation cache)"):
         generation = model.start(prompts, MAX_NEW_TOKENS.value, sampling, SYSTEM.value if CHAT.value else None)
+    if TRACE.value or REPORT.value:
+        from moe_jax.trace import Trace
+
+        model.engine.source.trace = Trace()  # pyright: ignore[reportAttributeAccessIssue]  with every step and load
     ended = stream(generation)
     with cli.status("measuring the bounds"):
         metrics = model.metrics(generation, bounds=not isinstance(ended, LoadError))

@@ -1,7 +1,7 @@
 """The schema of what happened: per token and layer what was needed, found, loaded and waited for.
 
-Recording appends small tuples; every number is worked out afterwards. Definitions are those of design.md, "Numbers,
-defined once". Nothing here knows the engine, so reports and replays can read traces alone.
+Definitions are those of design.md, "Numbers, defined once". Nothing here knows the engine, so reports and replays can
+read traces alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ Outcome = Literal["cached", "prefetched", "late", "missed"]
 Cause = Literal["demand", "speculative"]
 OUTCOMES: tuple[Outcome, ...] = ("cached", "prefetched", "late", "missed")
 SCHEMA = 1
+FEW = 256
+"""Loads that a trace without details keeps anyway."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,6 +36,7 @@ class Load:
     t_issue: float
     t_done: float | None = None
     used: bool = False  # computed with at least once before its eviction
+    gone: bool = dataclasses.field(default=False, compare=False)  # evicted or given up: nothing changes any more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +51,49 @@ class Step:
     predicted: np.ndarray | None = None  # float32 [H, E]: P(needed) offered after this step for the layers ahead
 
 
-class Trace:
-    """Records one run. The decode thread writes steps; whoever copies writes loads (under the loader's lock)."""
+@dataclasses.dataclass
+class _Totals:
+    """Of the prefills, or of the decode steps."""
 
-    def __init__(self, keep_predictions: bool = False):
-        """`keep_predictions`: keep what was predicted too, for `Step.predicted` (H * E floats each)."""
+    outcomes: dict[Outcome, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    stall_s: float = 0.0
+    # Of loads that are gone and forgotten.
+    loads: int = 0
+    demand: int = 0  # bytes, as the two that follow
+    speculative_used: int = 0
+    speculative_wasted: int = 0
+
+    def add(self, load: Load) -> None:
+        """Speculation never used, also what still waits for its use, is wasted."""
+        self.loads += 1
+        if load.cause == "demand":
+            self.demand += load.bytes
+        elif load.used:
+            self.speculative_used += load.bytes
+        else:
+            self.speculative_wasted += load.bytes
+
+
+class Trace:
+    """Records one run. The decode thread writes steps; whoever copies writes loads (under the loader's lock).
+
+    Attributes:
+      loads: without `details` only those that are not gone, and some that are.
+    """
+
+    def __init__(self, keep_predictions: bool = False, details: bool = True):
+        """
+        Args:
+          keep_predictions: keep what was predicted too, for `Step.predicted` (H * E floats each).
+          details: keep every step and load. Without them there is the summary alone, and memory does not grow.
+        """
         self.loads: list[Load] = []
         self.token = -1
         self.peak_bytes = 0
-        self._keep_predictions = keep_predictions
+        self._keep_predictions, self._details = keep_predictions, details
         self._decode_tokens = 0
+        self._totals = {False: _Totals(), True: _Totals()}  # by whether a token is decoded
+        self._fold_at = FEW  # loads
         self._steps: list[tuple[int, int, tuple[int, ...], tuple[Outcome, ...]]] = []
         self._stalls: list[tuple[int, float]] = []
         self._predicted: dict[int, np.ndarray] = {}
@@ -69,15 +105,33 @@ class Trace:
 
     def step(self, layer: int, needed: Sequence[int], outcomes: Sequence[Outcome]) -> None:
         """One layer's needs, and what became of each."""
-        self._steps.append((self.token, layer, tuple(needed), tuple(outcomes)))
+        totals = self._totals[self.token >= 0].outcomes
+        for outcome in outcomes:
+            totals[outcome] += 1
+        if self._details:
+            self._steps.append((self.token, layer, tuple(needed), tuple(outcomes)))
+
+    def load(self, load: Load) -> None:
+        """A copy begins."""
+        self.loads.append(load)
+        if not self._details and len(self.loads) >= self._fold_at:
+            kept = []
+            for each in self.loads:
+                if each.gone:
+                    self._totals[each.token >= 0].add(each)
+                else:
+                    kept.append(each)
+            self.loads, self._fold_at = kept, 2 * len(kept) + FEW
 
     def stall(self, seconds: float) -> None:
         """Time blocked for the experts of the latest step."""
-        self._stalls.append((len(self._steps) - 1, seconds))
+        self._totals[self.token >= 0].stall_s += seconds
+        if self._details:
+            self._stalls.append((len(self._steps) - 1, seconds))
 
     def predict(self, probabilities: np.ndarray) -> None:
         """Predictions float32 [H, E] made at the latest step. The array is kept, not copied."""
-        if self._keep_predictions:
+        if self._keep_predictions and self._details:
             self._predicted[len(self._steps) - 1] = probabilities
 
     def steps(self) -> list[Step]:
@@ -97,26 +151,25 @@ class Trace:
 
         A load counts where it was issued. Speculation never used, also what still waits for its use, is wasted.
         """
-        kept = [step for step in self.steps() if step.token >= 0 or not decode_only]
-        loads = [load for load in self.loads if load.token >= 0 or not decode_only]
-        tokens = self._decode_tokens + (not decode_only and any(step.token < 0 for step in kept))
-        counts = dict.fromkeys(OUTCOMES, 0)
-        for step in kept:
-            for outcome in step.outcomes:
-                counts[outcome] += 1
+        kinds = (True,) if decode_only else (False, True)
+        totals = {kind: dataclasses.replace(self._totals[kind]) for kind in kinds}
+        for load in self.loads:
+            if (kind := load.token >= 0) in totals:
+                totals[kind].add(load)
+        total = lambda name: sum(getattr(t, name) for t in totals.values())
+        counts: dict[str, int] = {name: sum(t.outcomes[name] for t in totals.values()) for name in OUTCOMES}
+        tokens = self._decode_tokens + (not decode_only and any(self._totals[False].outcomes.values()))
         needed = sum(counts.values())
-        moved = {"demand": 0, "speculative_used": 0, "speculative_wasted": 0}
-        for load in loads:
-            kind = "demand" if load.cause == "demand" else "speculative_used" if load.used else "speculative_wasted"
-            moved[kind] += load.bytes
+        moved = {name: total(name) for name in ("demand", "speculative_used", "speculative_wasted")}
         hits, not_cached = counts["cached"] + counts["prefetched"], needed - counts["cached"]
         return {
             "tokens": tokens,
             "needed": {name: count / needed if needed else None for name, count in counts.items()},
             "hit_rate": hits / needed if needed else None,
             "ready_recall": counts["prefetched"] / not_cached if not_cached else None,
+            "loads": total("loads"),
             "bytes_per_token": {kind: size / tokens if tokens else None for kind, size in moved.items()},
-            "stall_s_per_token": sum(step.stall_s for step in kept) / tokens if tokens else None,
+            "stall_s_per_token": total("stall_s") / tokens if tokens else None,
             "peak_device_cache_bytes": self.peak_bytes,
         }
 
@@ -129,7 +182,8 @@ class Trace:
                 predicted = None if step.predicted is None else np.asarray(step.predicted).tolist()
                 file.write(json.dumps({"kind": "step", **vars(step), "predicted": predicted}) + "\n")
             for load in self.loads:
-                file.write(json.dumps({"kind": "load", **dataclasses.asdict(load)}) + "\n")
+                fields = {name: value for name, value in dataclasses.asdict(load).items() if name != "gone"}
+                file.write(json.dumps({"kind": "load", **fields}) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> Trace:
@@ -148,7 +202,7 @@ class Trace:
         trace.peak_bytes, trace._decode_tokens = lines[0]["peak_bytes"], lines[0]["decode_tokens"]
         for line in lines[1:]:
             if line.pop("kind") == "load":
-                trace.loads.append(Load(**line))
+                trace.load(Load(**line))
                 continue
             trace.token = line["token"]
             trace.step(line["layer"], line["needed"], line["outcomes"])

@@ -266,6 +266,29 @@ MUTANTS = {
         {"position >= len(tokens) - count": "position > len(tokens) - count"},
         "tests/evaluation/test_harness.py",
     ),
+    "results of the device are kept as they came": Mutant(
+        "moe_jax/inference/state.py",
+        {
+            "    ids: Rows = dataclasses.field(default_factory=Rows)": "    ids: Any = dataclasses.field(default_factory=list)"
+        },
+        "tests/inference/test_rows.py",
+    ),
+    "every step and load is kept, asked for or not": Mutant(
+        "moe_jax/offload/open.py", {"trace=Trace(details=False)": "trace=Trace()"}, "tests/inference/test_rows.py"
+    ),
+    "what is evicted is not known to be gone": Mutant(
+        "moe_jax/offload/store.py",
+        {"        entry.load.gone = True\n": ""},
+        "tests/offload/test_store.py tests/inference/test_rows.py",
+    ),
+    "a load that is forgotten does not count": Mutant(
+        "moe_jax/trace.py", {"self._totals[each.token >= 0].add(each)": "pass"}, "tests/test_trace.py"
+    ),
+    "steps in which nothing was predicted are guesses": Mutant(
+        "moe_jax/inference/metrics.py",
+        {"i % num_layers and guessed[0] >= 0": "i % num_layers"},
+        "tests/inference/test_execution.py",
+    ),
     "an accelerator is lent experts": Mutant(
         "moe_jax/offload/threaded.py", {'self.lends = jax.default_backend() == "cpu"': "self.lends = True"}, OFFLOAD
     ),

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_jax.errors import UserError
-from moe_jax.trace import Load, Trace
+from moe_jax.trace import FEW, Load, Trace
 
 
 def example():
@@ -15,7 +17,8 @@ def example():
     trace.begin_token(-1)
     trace.step(0, [0, 1, 2], ["missed", "missed", "missed"])
     trace.stall(8.0)
-    trace.loads += [Load(0, expert, "demand", 10, -1, 0.0, 1.0, True) for expert in range(3)]
+    for expert in range(3):
+        trace.load(Load(0, expert, "demand", 10, -1, 0.0, 1.0, True))
     trace.begin_token(0)
     trace.step(0, [0, 1], ["cached", "cached"])
     trace.predict(np.full((2, 4), 0.5, np.float32))
@@ -26,13 +29,14 @@ def example():
     trace.step(0, [1, 3], ["cached", "missed"])
     trace.stall(0.25)
     trace.step(1, [2, 0], ["cached", "late"])
-    trace.loads += [
+    for load in (
         Load(1, 2, "speculative", 10, 0, 2.0, 3.0, True),
         Load(1, 3, "speculative", 10, 0, 3.0, 4.0, True),
         Load(0, 3, "demand", 10, 1, 5.0, 6.0, True),
         Load(1, 1, "speculative", 10, 1, 6.0, 7.0, False),
         Load(1, 0, "speculative", 10, 1, 7.0, None, False),  # still in flight at exit
-    ]
+    ):
+        trace.load(load)
     return trace
 
 
@@ -42,6 +46,7 @@ def test_summary_of_decoding():
         "needed": {"cached": 4 / 8, "prefetched": 1 / 8, "late": 2 / 8, "missed": 1 / 8},
         "hit_rate": 5 / 8,
         "ready_recall": 1 / 4,
+        "loads": 5,
         "bytes_per_token": {"demand": 5.0, "speculative_used": 10.0, "speculative_wasted": 10.0},
         "stall_s_per_token": 0.5,
         "peak_device_cache_bytes": 70,
@@ -64,6 +69,52 @@ def test_figures_that_do_not_apply_are_none():
     trace.begin_token(0)
     trace.step(0, [1], ["cached"])
     assert trace.summary()["ready_recall"] is None and trace.summary()["hit_rate"] == 1.0
+
+
+@given(
+    loads=st.lists(
+        st.tuples(
+            st.sampled_from(["demand", "speculative"]),
+            st.integers(0, 9),
+            st.booleans(),
+            st.integers(1, 30),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=60,
+    )
+)
+def test_without_details_the_summary_is_the_same_and_little_is_kept(loads):
+    """Loads that stay for some time, are used or not before they go, and of which new ones may count bytes later."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_jax.trace.FEW", 2)
+        traces = Trace(), Trace(details=False)
+    for trace in traces:
+        held: list[tuple[int, Load, bool]] = []
+        for at, (cause, size, decoded, stay, used) in enumerate(loads):
+            trace.begin_token(at if decoded else -1)
+            trace.step(0, [at], ["missed" if cause == "demand" else "prefetched"])
+            trace.stall(0.25 * size)
+            trace.predict(np.zeros((1, 2), np.float32))
+            trace.load(load := Load(0, at, cause, 0, at if decoded else -1, 0.0))
+            held.append((at + stay, load, used))
+            load.bytes += size
+            for until, old, needed in held:
+                old.used |= needed and until == at + 1
+                old.gone = until <= at
+    with_details, without = traces
+    assert without.summary() == with_details.summary()
+    assert without.summary(decode_only=False) == with_details.summary(decode_only=False)
+    assert not without.steps() and len(with_details.steps()) == len(loads) == len(with_details.loads)
+    assert len(without.loads) <= 2 * 30 + 256
+
+
+def test_what_is_gone_is_forgotten_without_details():
+    trace = Trace(details=False)
+    for _ in range(20 * FEW):
+        trace.load(Load(0, 0, "demand", 1, 0, 0.0, gone=True))
+        assert len(trace.loads) <= FEW
+    assert trace.summary()["loads"] == 20 * FEW
 
 
 def test_steps_are_enough_to_replay():

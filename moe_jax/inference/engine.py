@@ -215,17 +215,14 @@ class Engine:
             if predicted is not None:
                 said, plan = Announced(layer, predicted[0]), predicted[1]
             elif self.record:
-                self.record.predicted.append(None)
+                self.record.said.append(None)
             outputs = self._run_layer(layer, routed, ids, told, state.active, said, ahead)
             x = Stream(routed.residual, outputs, gates)
             true.append(routed.told)
         logits = stages.head(self.dense, x)
         self._offer(said)
         if self.record:  # only now: an interrupted step is not one
-            self.record.active.append(state.active)
-            self.record.lengths.append(state.lengths)
-            if self.execution is not None:
-                self.record.routed += map(np.asarray, true)
+            self.record.end_step(state, true if self.execution is not None else ())
         if forecast is None and self.forecast is not None:
             state.unseen.append(np.where(state.active[:, None], [*map(np.asarray, true)], -1))
         state.lengths = state.lengths + state.active
@@ -243,7 +240,7 @@ class Engine:
         self.source.offer(said.layer, probabilities)
         said.offered = True
         if self.record and said.layer >= 0:
-            self.record.predicted.append(probabilities[0])
+            self.record.said.append(probabilities[0])
 
     def _predicting(self, state: DecodeState) -> Forecast | None:
         """Who predicts in this step, if anyone; it has been told of the steps that it has missed."""

@@ -67,13 +67,12 @@ def recall(record: Record, num_layers: int) -> float | None:
     """Recall of the prediction one layer ahead, not wrapped: top-U of its ranking against the U experts needed."""
     found = []
     for i in range(1, len(record.active) * num_layers):
-        predicted = record.predicted[i - 1]
-        if i % num_layers and predicted is not None:
+        guessed = record.guessed[i - 1]
+        if i % num_layers and guessed[0] >= 0:
             needed = record.needed[i]
             if record.routed:  # what ran may be the prediction itself
                 needed = unique_in_order(record.routed[i], record.active[i // num_layers])
-            guess = np.argsort(-predicted, kind="stable")[: len(needed)]
-            found.append(len(set(guess.tolist()) & set(needed)) / len(needed))
+            found.append(len({*guessed[: len(needed)].tolist()} & {*needed}) / len(needed))
     return float(np.mean(found)) if found else None
 
 

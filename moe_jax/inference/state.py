@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from moe_jax.inference.forecast import Forecast, Said
+from moe_jax.inference.rows import Lists, Rows
 from moe_jax.model.decoder import KVCache, Routed, committed
 
 MEMORY_TOKENS = 256
@@ -62,10 +64,27 @@ class Record:
     """
 
     prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per layer
-    needed: list[list[int]] = dataclasses.field(default_factory=list)
-    ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B, K]
-    routed: list[np.ndarray] = dataclasses.field(default_factory=list)  # the router's own ids; empty: those that ran
-    # float32 [E], for the layer after; None where no prediction was made
-    predicted: list[np.ndarray | None] = dataclasses.field(default_factory=list)
-    active: list[np.ndarray] = dataclasses.field(default_factory=list)  # bool [B], per step
-    lengths: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [B], per step
+    needed: Lists = dataclasses.field(default_factory=Lists)
+    ids: Rows = dataclasses.field(default_factory=Rows)  # int32 [B, K]
+    routed: Rows = dataclasses.field(default_factory=Rows)  # the router's own ids; empty: those that ran
+    # Experts of the layer after, int16, the likeliest first, as many as may be needed; -1 where nothing was predicted.
+    guessed: Rows = dataclasses.field(default_factory=Rows)
+    active: Rows = dataclasses.field(default_factory=Rows)  # bool [B], per step
+    lengths: Rows = dataclasses.field(default_factory=Rows)  # int32 [B], per step
+    said: list[np.ndarray | None] = dataclasses.field(default_factory=list)  # float32 [E], by the step that runs
+
+    def end_step(self, state: DecodeState, routed: Sequence[Any]) -> None:
+        """A step is complete; `routed`: what the router of each layer chose, if that is not what ran."""
+        self.active.append(state.active)
+        self.lengths.append(state.lengths)
+        for ids in routed:
+            self.routed.append(ids)
+        count = self.ids[-1].size
+        known = [row for row in self.said if row is not None]
+        # All layers' at once, while the device ends the step.
+        ranked = iter(np.argsort(-np.stack(known), kind="stable")[:, :count].astype(np.int16) if known else ())
+        width = min(count, len(known[0])) if known else 1
+        nothing = np.full(width, -1, np.int16)
+        for row in self.said:
+            self.guessed.append(nothing if row is None else next(ranked))
+        self.said.clear()

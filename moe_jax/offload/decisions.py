@@ -121,7 +121,7 @@ class Decisions:
         self._outlook.hold(key, True)
         if cause == "speculative":
             self.store.use(key, needed=False)
-        self.trace.loads.append(load)
+        self.trace.load(load)
         self.trace.peak_bytes = max(self.trace.peak_bytes, self.store.used_bytes)
         return load
 

@@ -73,6 +73,7 @@ def open_source(
         threads=settings.read_threads if on_disk else 1,
         quota_bytes=settings.inline_quota_bytes,
         expect=expect,
+        trace=Trace(details=False),
     )
 
 

@@ -109,7 +109,7 @@ class ArrayStore:
 
     def abort(self, key: Key) -> None:
         """The load failed or was given up, and holds no memory any more."""
-        del self.in_flight[key]
+        self.in_flight.pop(key).gone = True
         self._of_layer[key[0]] -= 1
 
     def use(self, key: Key, needed: bool = True) -> None:
@@ -197,6 +197,7 @@ class ArrayStore:
         if not self.unpinned[key]:
             raise RuntimeError(f"expert {key} is pinned and cannot be evicted")
         entry = self.resident.pop(key)
+        entry.load.gone = True
         entry.uses = entry.uses + self._still_lent(key[0])
         self.draining.append(entry)
         self.unpinned[key] = False
@@ -206,6 +207,8 @@ class ArrayStore:
 
     def clear(self) -> None:
         """Drops everything, whatever it is used for."""
+        for load in (*self.in_flight.values(), *(entry.load for entry in self.resident.values())):
+            load.gone = True
         self.resident.clear()
         self.draining.clear()
         self._in_use.clear()

@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax.evaluation import paired
 from moe_jax.inference import bounds
+from moe_jax.inference.rows import Lists, Rows
 from moe_jax.inference.state import Record
 
 
@@ -40,8 +41,8 @@ def test_means_are_weighted_field_by_field():
 
 
 def record_of(prefill, needed, layers):
-    record = Record(prefill_needed=prefill, needed=needed)
-    record.active = [np.ones(1, bool)] * (len(needed) // layers)
+    record = Record(prefill_needed=prefill, needed=Lists(needed))
+    record.active = Rows([np.ones(1, bool)] * (len(needed) // layers))
     return record
 
 

@@ -13,6 +13,7 @@ from moe_jax.errors import UserError
 from moe_jax.inference import execution, metrics
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.resident import ResidentExperts
+from moe_jax.inference.rows import Lists, Rows
 from moe_jax.inference.state import Record
 from moe_jax.model.architecture import Routing
 from moe_jax.model.decoder import Routed, Stages, device_weights
@@ -259,12 +260,14 @@ def test_what_a_mode_lacks_is_said(tiny):
 
 
 def test_recall_is_of_the_true_experts_where_there_was_a_prediction():
-    record = Record(active=[np.array([True])] * 2, lengths=[np.array([1])] * 2)
-    sure = lambda *experts: np.isin(np.arange(4), experts).astype(np.float32)
-    record.needed = [[0, 1], [2, 3], [0, 1], [2, 3]]
-    record.predicted = [None, None, sure(2, 0), None]  # only the second token's layer 0 speaks of its layer 1
+    record = Record(active=Rows([np.array([True])] * 2), lengths=Rows([np.array([1])] * 2))
+    record.needed = Lists([[0, 1], [2, 3], [0, 1], [2, 3]])
+    nothing = np.array([-1, -1])
+    record.guessed = Rows(
+        [nothing, nothing, np.array([2, 0]), nothing]
+    )  # only the second token's layer 0 speaks of its layer 1
     assert metrics.recall(record, 2) == 0.5
-    record.routed = [np.array([[0, 1]])] * 3 + [np.array([[0, 2]])]  # what ran was something else
+    record.routed = Rows([np.array([[0, 1]])] * 3 + [np.array([[0, 2]])])  # what ran was something else
     assert metrics.recall(record, 2) == 1.0
-    record.ids = [np.array([needed]) for needed in record.needed]
+    record.ids = Rows([np.array([needed]) for needed in record.needed])
     assert metrics.departed(record) == 0.5

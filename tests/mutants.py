@@ -29,7 +29,8 @@ class Mutant(NamedTuple):
 LOSSLESS, ENGINE = "tests/inference/test_lossless.py", "tests/inference/test_engine.py"
 OFFLOAD = "tests/offload/test_history.py tests/offload/test_outlook.py tests/offload/test_loader.py"
 CPU, ATTENTION = "tests/model/test_cpu.py", "tests/model/test_attention.py"
-PLATFORMS = "tests/model/test_platforms.py"
+PLATFORMS, ROWS = "tests/model/test_platforms.py", "tests/inference/test_rows.py"
+KEPT = "ids: Any = dataclasses.field(default_factory=list)"
 AHEAD_OF_TIME = "tests/aot"  # needs its dependency group: python tests/aot/compilers.py
 MUTANTS = {
     "listed weights of a packed matrix go to the first chunk": Mutant(
@@ -267,11 +268,7 @@ MUTANTS = {
         "tests/evaluation/test_harness.py",
     ),
     "results of the device are kept as they came": Mutant(
-        "moe_jax/inference/state.py",
-        {
-            "    ids: Rows = dataclasses.field(default_factory=Rows)": "    ids: Any = dataclasses.field(default_factory=list)"
-        },
-        "tests/inference/test_rows.py",
+        "moe_jax/inference/state.py", {"ids: Rows = dataclasses.field(default_factory=Rows)": KEPT}, ROWS
     ),
     "every step and load is kept, asked for or not": Mutant(
         "moe_jax/offload/open.py", {"trace=Trace(details=False)": "trace=Trace()"}, "tests/inference/test_rows.py"

@@ -194,7 +194,7 @@ MUTANTS = {
     ),
     "what has passed is booked too late for a search": Mutant(
         "moe_jax/offload/outlook.py",
-        {"        self.catch_up()\n        if not self._said.any()": "        if not self._said.any()"},
+        {"        self._take_in()\n        if not self._said.any()": "        if not self._said.any()"},
         OFFLOAD,
     ),
     "a plain reader that reads into the same memory": Mutant(
@@ -231,9 +231,9 @@ MUTANTS = {
     "outputs touched on the host": Mutant(
         "moe_jax/model/experts.py",
         {
-            "    return outputs, outputs[0, 0]\n": "    from jax.experimental.compute_on import compute_on\n\n"
+            "    for expert, own in zip(": "    from jax.experimental.compute_on import compute_on\n\n"
             '    with compute_on("device_host"):\n        outputs = jax.jit(lambda x: -x)(outputs)\n'
-            "    return outputs, outputs[0, 0]\n",
+            "    for expert, own in zip(",
         },
         AHEAD_OF_TIME,
     ),

@@ -286,6 +286,9 @@ MUTANTS = {
         {"i % num_layers and guessed[0] >= 0": "i % num_layers"},
         "tests/inference/test_execution.py",
     ),
+    "predictions are tried where there is little to gain": Mutant(
+        "moe_jax/offload/loader.py", {"misses * self._copy_s < cost_s": "misses < 0"}, "tests/offload/test_source.py"
+    ),
     "an accelerator is lent experts": Mutant(
         "moe_jax/offload/threaded.py", {'self.lends = jax.default_backend() == "cpu"': "self.lends = True"}, OFFLOAD
     ),

@@ -148,6 +148,14 @@ class Loader(Decisions):
             if worth:
                 self._kick()
 
+    def pays(self, cost_s: float, misses: float) -> bool:
+        """Whether the next token is worth predictions of `cost_s` seconds; to be asked once per token.
+
+        Not where there is less to gain than they cost: a token without them is expected to miss `misses` experts, or
+        fewer.
+        """
+        return self.benefit.pays(cost_s) and not (self._copy_s and misses * self._copy_s < cost_s) and misses > 0
+
     def unpin_all(self) -> None:
         """Forgets the pins of a step that was interrupted between `take` and `release`."""
         with self._lock:

@@ -105,6 +105,7 @@ class OffloadedExperts:
         a = architecture
         check_budget(budget_bytes, a, bank.expert_bytes, per_layer)
         self.bank = bank
+        self._uses = a.num_moe_layers * a.top_k  # of experts, by one token
         self._keys = [(layer, expert) for layer in range(a.num_moe_layers) for expert in range(a.num_experts)]
         share = budget_bytes // bank.expert_bytes // a.num_moe_layers if per_layer else 0
         store = ArrayStore(budget_bytes, bank.expert_bytes, policy or LRU(), (a.num_moe_layers, a.num_experts), share)
@@ -210,10 +211,9 @@ class OffloadedExperts:
 
     def wants_prediction(self, cost_s: float) -> bool:
         """Whether predictions of `cost_s` seconds per token are likely to gain more than that; once per token."""
-        return not self._all_resident() and self._loader.benefit.pays(cost_s)
-
-    def _all_resident(self) -> bool:
-        return len(self.store.resident) == len(self._keys)
+        absent = 1 - len(self.store.resident) / len(self._keys)
+        # If a token used all experts alike: those that are absent are the less used ones.
+        return self._loader.pays(cost_s, absent * self._uses)
 
     def link_bytes_per_s(self, experts: int = 8) -> float:
         """What the link alone gives to a plain reader of the same experts: the best of 1, 2 and 4 threads.

@@ -235,3 +235,16 @@ def test_what_only_the_start_of_a_prompt_used_goes_first(mode):
             s.release(layer, [expert], ready())
     assert set(s.store.resident) == {(0, 0), (1, 1), (1, 3)}
     s.close()
+
+
+@pytest.mark.parametrize("absent, cost, pays", [(3, 0.9, True), (3, 1.1, False), (0, 0.0, False)])
+def test_where_nearly_all_experts_are_there_nothing_is_predicted(absent, cost, pays):
+    """A copy takes a second, and a token uses a third of all experts: of three absent ones it misses one."""
+    s = source(WatchedBank(), L * E, "thread")
+    for layer, expert in [(layer, expert) for layer in range(L) for expert in range(E)][absent:]:
+        s.request(layer, [expert])
+        s.take(layer, [expert])
+        s.release(layer, [expert], ready())
+    s._loader._copy_s = 1.0
+    assert s.wants_prediction(cost) == pays
+    s.close()

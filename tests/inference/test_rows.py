@@ -53,7 +53,8 @@ def test_a_long_run_keeps_little_of_every_token(tmp_path):
     resident = lambda: int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
     sizes = {}
     for row, _ in generation:
-        if row in (4, 14) and row not in sizes:
+        if row not in sizes:
             sizes[row] = resident()
     model.close()
-    assert (sizes[14] - sizes[4]) / 1000 < 1500
+    # Of 100 tokens each; the kernel may make a huge page of small ones once in a while.
+    assert np.median(np.diff([*sizes.values()][3:])) / 100 < 1500

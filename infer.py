@@ -60,7 +60,7 @@ def main() -> None:
     if TRACE.value or REPORT.value:
         from moe_jax.trace import Trace
 
-        model.engine.source.trace = Trace()  # pyright: ignore[reportAttributeAccessIssue]  with every step and load
+        generation.trace = Trace()  # with every step and load
     ended = stream(generation)
     with cli.status("measuring the bounds"):
         metrics = model.metrics(generation, bounds=not isinstance(ended, LoadError))
@@ -71,13 +71,12 @@ def main() -> None:
         outputs.write_json(OUTPUT_JSON.value, document)
     if TRACE.value:
         with outputs.writing(TRACE.value) as file:
-            model.engine.source.trace.save(file)  # pyright: ignore[reportAttributeAccessIssue]
+            generation.trace.save(file)
     if REPORT.value:
         from moe_jax.analysis import report
 
-        trace = model.engine.source.trace  # pyright: ignore[reportAttributeAccessIssue]
         with outputs.writing(REPORT.value) as file:
-            file.write_text(report.markdown(trace))
+            file.write_text(report.markdown(generation.trace))
     model.close()
     if isinstance(ended, LoadError):
         cli.fail(str(ended), code=1)

@@ -25,6 +25,7 @@ from moe_jax.checkpoint.convert import convert
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.inference.session import shipped
 from moe_jax.offload.disk import DiskBank
+from moe_jax.trace import Trace
 
 TOKENS = flags.DEFINE_integer("tokens", 20_000, "Decode steps in all.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "A Hugging Face directory; default the shipped model.")
@@ -72,13 +73,13 @@ def soak(converted: Path, directory: str) -> None:
     before, counted = -1, 0
     while done < TOKENS.value:
         prompt = text[(at := texts.randrange(len(text) - 200)) : at + 100]
-        source.trace = type(source.trace)()
         generation = model.start([prompt], PIECE)
+        generation.trace = Trace()
         if before < 0:
             before = process("io", "read_bytes")  # compiled, loaded
         for _ in generation:
             pass
-        counted += sum(load.bytes for load in source.trace.loads)
+        counted += sum(load.bytes for load in generation.trace.loads)
         reference = resident.start([prompt], PIECE)
         for _ in reference:
             pass

@@ -46,7 +46,6 @@ class Request:
     prompts: list[list[int]]
     record: Record
     token_ids: list[list[int]]
-    capacity: int  # cache positions
 
 
 @dataclasses.dataclass
@@ -119,7 +118,7 @@ class Lab:
             pass
         if not generation.record.active:
             raise UserError("a prompt ends its text at once; give another --prompt")
-        return Request(prompts, generation.record, [o.token_ids for o in generation.outputs], generation.capacity)
+        return Request(prompts, generation.record, [o.token_ids for o in generation.outputs])
 
     def run(self, mode: Mode, request: Request, budget_bytes: int) -> Measured:
         """One run; checks that it generates what the rehearsal did."""
@@ -137,7 +136,7 @@ class Lab:
             timing, layers = generation.timing, self.architecture.num_moe_layers
             measured = Measured(timing.step_s, timing.ttft_s[0], metrics.recall(generation.record, layers))
             if source is not None:
-                measured.summary = source.trace.summary()
+                measured.summary = generation.trace.summary()
                 measured.loads = measured.summary["loads"]
             return measured
         finally:
@@ -147,7 +146,7 @@ class Lab:
 
     def replay(self, request: Request) -> bounds.Replay:
         """The executables of the request's decode steps, with every expert resident if the lab has them all."""
-        return bounds.Replay(self.model.engine, request.record, self._weights(), request.capacity)
+        return bounds.Replay(self.model.engine, request.record, self._weights())
 
     def mover(self) -> tuple[Callable[[Key], None], Callable[[], None]]:
         """Brings one expert over the link that the modes use, and drops it; and what ends its use."""
@@ -213,11 +212,12 @@ class Lab:
         return predictors.load(mode.predictor, horizon, self.model.predictor_directory(), a, base.dense)
 
     def _open(self, mode: Mode, budget: str, request: Request | None) -> OffloadedExperts:
-        future = bounds.uses_in_order(request.record, self.architecture.num_moe_layers)[0] if request else []
+        uses = bounds.uses_in_order(request.record, self.architecture.num_moe_layers) if request else []
+        future = [key for key, _ in uses]
         config = dataclasses.replace(self.config.offload, device_budget=budget, policy=mode.policy)
         config = dataclasses.replace(config, upcast=mode.upcast or config.upcast)
         dtype = jnp.dtype(self.config.dtype)
-        return open_source(config, self.model.checkpoint, dtype, None, self._bank, future, self.model.usage)
+        return open_source(config, self.model.checkpoint, dtype, None, None, self._bank, future, self.model.usage)
 
     def _weights(self) -> Callable[[int, int], ExpertWeights]:
         source = self.model.engine.source

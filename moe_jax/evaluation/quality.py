@@ -246,15 +246,15 @@ def generate(
     assert isinstance(source, OffloadedExperts)
     same: list[list[int]] = [[] for _ in chosen]
     lengths: list[int] = []
-    original, kept = model.engine, source.trace
+    original = model.engine
     try:
         for turn, prompt in enumerate([prompts[0], *prompts]):  # the first turn warms up
             exact: list[int] = []
             for i, way in enumerate(chosen):
                 model.engine = way.speed
                 source.resident()  # drops what the way before has predicted: nothing is loaded for it any more
-                source.trace = way.trace if turn else Trace()
                 generation = model.start([prompt], new_tokens, Sampling())
+                generation.trace = way.trace if turn else Trace()
                 for _ in generation:
                     pass
                 ids = generation.outputs[0].token_ids
@@ -265,7 +265,7 @@ def generate(
                 progress(turn * len(chosen) + i + 1)
             lengths += [len(exact)] if turn else []
     finally:
-        model.engine, source.trace = original, kept
+        model.engine = original
     size, length = source.store.expert_bytes, float(np.mean(lengths))
     return [_speed(way, found, size, length) for way, found in zip(chosen, same, strict=True)]
 

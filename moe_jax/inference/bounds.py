@@ -21,10 +21,9 @@ class Replay:
     """The executables of recorded decode steps, without host logic between them and with nothing to wait for.
 
     Args:
-      record: of a run with at least one decode step.
+      record: of a run with at least one decode step. Of several batches the last that has one is replayed.
       weights_of: (layer, expert) -> resident weights.
-      capacity: cache positions S of that run.
-      steps: how many of the last recorded steps are replayed; None: all.
+      steps: how many of its last steps are replayed; None: all.
     """
 
     def __init__(
@@ -32,22 +31,22 @@ class Replay:
         engine: Engine,
         record: Record,
         weights_of: Callable[[int, int], ExpertWeights],
-        capacity: int,
         steps: int | None = None,
     ):
-        self._engine, self._record, self._weights_of, self._capacity = engine, record, weights_of, capacity
-        self.steps = range(max(0, len(record.active) - (steps or len(record.active))), len(record.active))
+        self._engine, self._record, self._weights_of = engine, record, weights_of
+        count = len(record.active)
+        first, self._capacity = next(batch for batch in reversed(record.batches) if batch.first < count)
+        self.steps = range(max(first, count - steps) if steps else first, count)
         layers = range(engine.architecture.num_moe_layers)
         self._plans = {step: [_plan(engine, record, step, layer) for layer in layers] for step in self.steps}
 
     def run(self) -> list[float]:
         """Seconds of each step, after one to warm up that is not among them."""
-        stages, record, capacity = self._engine.stages, self._record, self._capacity
-        batch = record.ids[0].shape[0]
-        state = DecodeState(
-            stages.kv_cache(batch, capacity), stages.rope(capacity), record.lengths[0], record.active[0]
-        )
-        return [self._step(state, step, batch) for step in (self.steps[0], *self.steps)][1:]
+        stages, capacity, first = self._engine.stages, self._capacity, self.steps[0]
+        lengths, active = self._record.lengths[first], self._record.active[first]
+        kv = stages.kv_cache(len(active), capacity)
+        state = DecodeState(kv, stages.rope(capacity), lengths, active)
+        return [self._step(state, step, len(active)) for step in (first, *self.steps)][1:]
 
     def _step(self, state: DecodeState, step: int, batch: int) -> float:
         engine, stages, plan = self._engine, self._engine.stages, self._plans[step]
@@ -69,11 +68,9 @@ class Replay:
         return time.perf_counter() - started
 
 
-def replay(
-    engine: Engine, record: Record, weights_of: Callable[[int, int], ExpertWeights], capacity: int, steps: int = 16
-) -> float:
+def replay(engine: Engine, record: Record, weights_of: Callable[[int, int], ExpertWeights], steps: int = 16) -> float:
     """C: median seconds per decode step of a `Replay` of the last `steps` steps."""
-    return float(np.median(Replay(engine, record, weights_of, capacity, steps).run()))
+    return float(np.median(Replay(engine, record, weights_of, steps).run()))
 
 
 def _plan(engine: Engine, record: Record, step: int, layer: int) -> list[tuple[Sequence[int], Call]]:
@@ -89,9 +86,9 @@ def _plan(engine: Engine, record: Record, step: int, layer: int) -> list[tuple[S
 def lru_misses(record: Record, num_layers: int, experts_in_budget: int) -> list[Key]:
     """What a cache of this size under LRU, without prefetching, loads during the decode steps of `record`, in order."""
     resident: OrderedDict[Key, None] = OrderedDict()
-    misses, (uses, first) = [], uses_in_order(record, num_layers)
-    for at, key in enumerate(uses):
-        if key not in resident and at >= first:
+    misses: list[Key] = []
+    for key, decoding in uses_in_order(record, num_layers):
+        if key not in resident and decoding:
             misses.append(key)
         resident[key] = None
         resident.move_to_end(key)
@@ -106,27 +103,36 @@ def belady_loads(record: Record, num_layers: int, experts_in_budget: int) -> int
     Belady's MIN (IBM Systems Journal 5(2), 1966): what is needed last leaves, which may be what has just been used. The
     experts of a layer count one after another, so that no schedule whatever, prefetching or not, has fewer.
     """
-    uses, first = uses_in_order(record, num_layers)
+    uses = uses_in_order(record, num_layers)
     later: dict[Key, int] = {}
     next_use = [0] * len(uses)
     for at in range(len(uses) - 1, -1, -1):
-        next_use[at] = later.get(uses[at], len(uses) + at)
-        later[uses[at]] = at
+        key, _ = uses[at]
+        next_use[at] = later.get(key, len(uses) + at)
+        later[key] = at
     resident: dict[Key, int] = {}
     loads = 0
-    for at, key in enumerate(uses):
-        loads += key not in resident and at >= first
+    for at, (key, decoding) in enumerate(uses):
+        loads += key not in resident and decoding
         resident[key] = next_use[at]
         if len(resident) > experts_in_budget:
             del resident[max(resident, key=resident.__getitem__)]
     return loads
 
 
-def uses_in_order(record: Record, num_layers: int) -> tuple[list[Key], int]:
-    """Every use of an expert in order, and the index of the first one after the prefill."""
-    prefill = [(i % num_layers, expert) for i, needed in enumerate(record.prefill_needed) for expert in needed]
-    complete = record.needed[: len(record.active) * num_layers]
-    return prefill + [(i % num_layers, expert) for i, needed in enumerate(complete) for expert in needed], len(prefill)
+def uses_in_order(record: Record, num_layers: int) -> list[tuple[Key, bool]]:
+    """Every use of an expert in order, and whether it is a decode step's; an incomplete step is left out."""
+    ends = [*(batch.first for batch in record.batches[1:]), len(record.active)]
+    parts = []
+    for i, ((first, _), end) in enumerate(zip(record.batches, ends, strict=True)):
+        parts.append((record.prefill_needed[i * num_layers : (i + 1) * num_layers], False))
+        parts.append((record.needed[first * num_layers : end * num_layers], True))
+    return [
+        ((i % num_layers, expert), decoding)
+        for part, decoding in parts
+        for i, needed in enumerate(part)
+        for expert in needed
+    ]
 
 
 def predictor_seconds(engine: Engine, state_batch: int, repeats: int = 20) -> float | None:

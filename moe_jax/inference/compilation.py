@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import jax
@@ -14,14 +13,13 @@ from moe_jax.model.decoder import CHUNKS, Stream, committed
 from moe_jax.model.experts import ExpertWeights
 
 
-def compile_for(engine: Engine, prompt_lengths: Sequence[int], new_tokens: int, example: ExpertWeights) -> float:
-    """Compiles (or loads from the persistent cache) everything the request can need; returns seconds.
+def compile_for(engine: Engine, prompt_lengths: Sequence[int], new_tokens: int, example: ExpertWeights) -> None:
+    """Compiles (or loads from the persistent cache) everything the request can need of the engine.
 
     Args:
       prompt_lengths, new_tokens: the request.
       example: an expert of the right shapes and dtype, tied to the device as loaded ones are (`committed`).
     """
-    began = time.perf_counter()
     B, Tc, S = engine.shapes(prompt_lengths, new_tokens)
     stages, a, dense = engine.stages, engine.architecture, engine.dense
     rope = stages.rope(S)
@@ -69,4 +67,3 @@ def compile_for(engine: Engine, prompt_lengths: Sequence[int], new_tokens: int, 
         jax.block_until_ready(engine.execution.warm_up(routed))
     if engine.forecast is not None:
         engine.forecast.compile(B, lambda tokens: stages.begin(dense, tokens, np.zeros(B, np.int32))[0].residual)
-    return time.perf_counter() - began

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from moe_jax.inference.engine import Engine
-from moe_jax.inference.sampling import Sampling, sample
+from moe_jax.inference.sampling import Sampler, Sampling
 from moe_jax.inference.state import Record
 from moe_jax.inference.text import StreamDecoder, Tokenizer
+from moe_jax.model.decoder import committed
+from moe_jax.trace import Trace
 
 
 @dataclasses.dataclass
@@ -34,7 +37,12 @@ class Timing:
 
 
 class Generation:
-    """Iterates over (row, piece of text) while it generates. `outputs`, `timing` and `record` are valid at any moment.
+    """Iterates over (row, piece of text) while it generates. Its attributes are valid at any moment.
+
+    Attributes:
+      outputs, timing, record, trace: of what has been generated; `trace` says nothing where no expert is moved, and
+        may be replaced before the first step.
+      compile_s: seconds spent compiling for it, by who made it.
 
     Args:
       engine: compiled engine.
@@ -56,31 +64,52 @@ class Generation:
     ):
         self.engine, self.tokenizer = engine, tokenizer
         self.outputs = [Output(text, ids) for text, ids in zip(prompts, prompt_ids, strict=True)]
-        self.max_new_tokens, self.sampling, self.batch_size = max_new_tokens, sampling, batch_size
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.timing = Timing()
-        self.record = Record()
-        self.capacity = 0  # cache positions of the latest batch
+        self.record, self.trace = Record(), Trace(details=False)
+        self.compile_s = 0.0
+        self._sample = Sampler(sampling)
+
+    def compile(self) -> None:
+        """Compiles the choice of tokens; the rest is `compile_for`'s."""
+        for batch in {len(outputs) for outputs in self._batches()}:
+            size, _, _ = self.engine.shapes([1] * batch, 1)
+            vocabulary = self.engine.architecture.vocab_size
+            self._sample(committed(np.zeros((size, vocabulary), np.float32)), 0).block_until_ready()
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        self.engine.record = self.record
+        start = 0
+        for outputs in self._batches():
+            for row, piece in self._batch(outputs):
+                yield start + row, piece
+            start += len(outputs)
+
+    def _batches(self) -> list[list[Output]]:
+        return [self.outputs[at : at + self.batch_size] for at in range(0, len(self.outputs), self.batch_size)]
+
+    def _recorded(self, call: Callable[..., Any], *args: Any) -> Any:
+        """A call of the engine, of which this generation hears: between two of them another one may use the engine."""
+        engine: Any = self.engine
+        engine.record = self.record
+        if hasattr(engine.source, "trace") and engine.source.trace is not self.trace:
+            engine.source.trace = self.trace
         try:
-            for start in range(0, len(self.outputs), self.batch_size):
-                for row, piece in self._batch(self.outputs[start : start + self.batch_size]):
-                    yield start + row, piece
+            return call(*args)
         finally:
-            self.engine.record = None
+            engine.record = None
 
     def _batch(self, outputs: list[Output]) -> Iterator[tuple[int, str]]:
         engine, eos = self.engine, set(self.engine.architecture.eos_ids)
         decoders = [StreamDecoder(self.tokenizer) for _ in outputs]
         began = time.perf_counter()
-        logits, state = engine.prefill([o.prompt_token_ids for o in outputs], self.max_new_tokens)
-        self.capacity = state.capacity
-        tokens = sample(logits, self.sampling, np.int32(0))
+        prompts = [output.prompt_token_ids for output in outputs]
+        logits, state = self._recorded(engine.prefill, prompts, self.max_new_tokens)
+        tokens = self._sample(logits, 0)
         times, known = self.timing.ttft_s, began
         for step in range(self.max_new_tokens):
             if step:
-                tokens, times = sample(engine.decode(tokens, state), self.sampling, np.int32(step)), self.timing.step_s
+                logits = self._recorded(engine.decode, tokens, state)
+                tokens, times = self._sample(logits, step), self.timing.step_s
             if step + 1 < self.max_new_tokens:
                 engine.enter(tokens, state)
             ids, before = np.asarray(tokens), known

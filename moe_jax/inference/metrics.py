@@ -18,13 +18,10 @@ from moe_jax.model.experts import ExpertWeights
 PERCENTILES = {"median": 50, "p90": 90, "p99": 99}
 
 
-def measure(
-    generation: Generation, compile_s: float, link_gbps: float = 0.0, with_bounds: bool = True
-) -> dict[str, Any]:
+def measure(generation: Generation, link_gbps: float = 0.0, with_bounds: bool = True) -> dict[str, Any]:
     """All numbers of what `generation` has done so far. Replays some steps to find the bounds (about a second).
 
     Args:
-      compile_s: seconds spent compiling, which no other number contains.
       link_gbps: the simulated link of the run, or 0.
       with_bounds: measure the bounds too; otherwise they are null.
     """
@@ -32,9 +29,12 @@ def measure(
     steps = np.array(timing.step_s)
     tokens = sum(len(output.token_ids) for output in generation.outputs)
     offloaded: Any = engine.source if hasattr(engine.source, "trace") else None
-    summary = offloaded.trace.summary() if offloaded else {}
+    resident = offloaded.resident() if offloaded else []  # and nothing is loaded meanwhile
+    predicted = record.active and any(row[0] >= 0 for row in record.guessed)
+    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the bounds take theirs
+    summary = generation.trace.summary() if offloaded else {}
     result = {
-        "compile_s": compile_s,
+        "compile_s": generation.compile_s,
         "ttft_s": float(np.median(timing.ttft_s)) if timing.ttft_s else None,
         "tpot_s": {name: float(np.percentile(steps, q)) if len(steps) else None for name, q in PERCENTILES.items()},
         "tokens_per_s": tokens / timing.total_s if timing.total_s else None,
@@ -46,20 +46,19 @@ def measure(
         "bytes_per_token": summary.get("bytes_per_token")
         or dict.fromkeys(("demand", "speculative_used", "speculative_wasted")),
         "stall_s_per_token": summary.get("stall_s_per_token"),
-        "predictor_s_per_token": bounds.predictor_seconds(engine, len(record.active[0])) if record.active else None,
+        "predictor_s_per_token": bounds.predictor_seconds(engine, len(record.active[0])) if predicted else None,
         "bound_overlap_s": None,
         "bound_serial_s": None,
         "overlap_share": None,
         "peak_device_cache_bytes": summary.get("peak_device_cache_bytes"),
         "device_budget_bytes": offloaded.store.budget_bytes if offloaded else None,
+        "peak_rss_bytes": peak_rss_bytes,
     }
-    # Interrupted, the store may hold nothing yet to compute with.
-    if offloaded and len(steps) and with_bounds and (resident := offloaded.resident()):
+    if len(steps) and with_bounds and resident:  # interrupted, the store may hold nothing yet to compute with
         compute, transfer = _compute_and_transfer(engine, generation, link_gbps, resident)
         result["bound_overlap_s"] = max(compute, transfer)
         result["bound_serial_s"] = compute + transfer
         result["overlap_share"] = bounds.overlap_share(compute, transfer, float(np.median(steps)))
-    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result
 
 
@@ -97,7 +96,7 @@ def _compute_and_transfer(
     record, layers = generation.record, engine.architecture.num_moe_layers
     # Which weights does not matter to the time; those of the store are spread over the experts that ran.
     pick = lambda layer, expert: resident[(layer * engine.architecture.num_experts + expert) % len(resident)]
-    compute = bounds.replay(engine, record, pick, generation.capacity)
+    compute = bounds.replay(engine, record, pick)
     loads = len(bounds.lru_misses(record, layers, source.store.capacity))
     rate = source.link_bytes_per_s()
     transfer = loads * source.bank.link_bytes / len(record.active) / min(rate, link_gbps * 1e9 or rate)

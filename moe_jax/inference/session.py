@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
+import time
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from moe_jax.checkpoint.converted import open_checkpoint
 from moe_jax.config import Config
 from moe_jax.errors import UserError
-from moe_jax.inference import execution, metrics
+from moe_jax.inference import execution, host_memory, metrics
 from moe_jax.inference.compilation import compile_for
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.execution import Execution
@@ -54,7 +54,6 @@ class Model:
         self.checkpoint = open_checkpoint(directory)
         self._provide_pinned_memory()  # before anything starts jax's backend
         self.tokenizer = Tokenizer(directory)
-        self.compile_s = 0.0
         a = self.checkpoint.architecture
         stages = Stages(a, jnp.dtype(config.dtype))
         dense = device_weights(self.checkpoint.dense(), stages.dtype)
@@ -65,15 +64,19 @@ class Model:
             )
         self._dense = dense
         source = self._source()
-        self.engine = Engine(
-            stages,
-            dense,
-            source,
-            predictor,
-            config.prefill_chunk,
-            config.max_seq_len or a.max_seq_len,
-            self.execution(config.execution, predictor, getattr(source, "store", None), dense),
-        )
+        try:
+            self.engine = Engine(
+                stages,
+                dense,
+                source,
+                predictor,
+                config.prefill_chunk,
+                config.max_seq_len or a.max_seq_len,
+                self.execution(config.execution, predictor, getattr(source, "store", None), dense),
+            )
+        except BaseException:
+            source.close()  # its threads would keep the bank
+            raise
 
     def _provide_pinned_memory(self) -> None:
         if self.config.offload.tier != "host":
@@ -102,9 +105,9 @@ class Model:
         # Here, so that the all-resident reference never imports offload.
         from moe_jax.offload.open import open_source
 
-        offload = self.config.offload
-        auto = self._auto_budget() if "auto" in (offload.device_budget, offload.host_budget) else None
-        return open_source(offload, self.checkpoint, jnp.dtype(self.config.dtype), auto, expect=self.usage)
+        offload, dtype = self.config.offload, jnp.dtype(self.config.dtype)
+        free = self._auto_budget() if offload.device_budget == "auto" else None
+        return open_source(offload, self.checkpoint, dtype, free, host_memory.available, expect=self.usage)
 
     @functools.cached_property
     def usage(self) -> usage.Usage | None:
@@ -121,7 +124,7 @@ class Model:
         if stats and "bytes_limit" in stats:
             limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
         else:  # the device is the host, and holds the bank too
-            limit, in_use = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
+            limit, in_use = host_memory.available(), 0
             if c.offload.tier == "host":
                 in_use = a.num_moe_layers * a.num_experts * self.checkpoint.expert_bytes
         quantised = isinstance(self.checkpoint.expert_spec.gate_up, tuple)
@@ -197,10 +200,15 @@ class Model:
             ids = [self.tokenizer.apply_chat([*system, {"role": "user", "content": p}]) for p in prompts]
         size = self.config.batch_size
         sampling = sampling or Sampling()
+        compile_s = 0.0
         if self.config.prefetch.predictor == Oracle.name:
-            self._record_oracle(prompts, ids, max_new_tokens, sampling)
+            compile_s = self._record_oracle(prompts, ids, max_new_tokens, sampling)
+        began = time.perf_counter()
         self._compile(ids, max_new_tokens)
-        return Generation(self.engine, self.tokenizer, prompts, ids, max_new_tokens, sampling, size)
+        generation = Generation(self.engine, self.tokenizer, prompts, ids, max_new_tokens, sampling, size)
+        generation.compile()
+        generation.compile_s = compile_s + time.perf_counter() - began
+        return generation
 
     def _compile(self, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         size, spec = self.config.batch_size, self.checkpoint.expert_spec
@@ -209,16 +217,21 @@ class Model:
         example = committed(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec))
         for start in range(0, len(ids), size):
             lengths = [len(prompt) for prompt in ids[start : start + size]]
-            self.compile_s += compile_for(self.engine, lengths, max_new_tokens, example)
+            compile_for(self.engine, lengths, max_new_tokens, example)
 
     def _record_oracle(
         self, prompts: Sequence[str], ids: Sequence[list[int]], max_new_tokens: int, sampling: Sampling
-    ) -> None:
-        """Runs the request without a predictor; the engine then predicts, from a fresh source, what that run routed."""
+    ) -> float:
+        """Runs the request without a predictor; the engine then predicts, from a fresh source, what that run routed.
+
+        Returns seconds spent compiling.
+        """
         if len(ids) > self.config.batch_size:
             raise UserError(f"the oracle replays one batch: set --config.batch_size={len(ids)}, or give fewer prompts")
         self.engine.use_predictor(None)
+        began = time.perf_counter()
         self._compile(ids, max_new_tokens)
+        compile_s = time.perf_counter() - began
         rehearsal = Generation(
             self.engine, self.tokenizer, prompts, ids, max_new_tokens, sampling, self.config.batch_size
         )
@@ -232,6 +245,7 @@ class Model:
             spec = Spec.of(a, min(self.config.prefetch.horizon, a.num_moe_layers))
             params = Oracle.replay(spec, recorded(rehearsal.record.ids, a.num_moe_layers))
             self.engine.use_predictor((Oracle(), spec, params))
+        return compile_s
 
     def generate(self, prompt: str, max_new_tokens: int = 128, sampling: Sampling | None = None) -> Iterator[str]:
         """Streams the continuation of one prompt, piece by piece."""
@@ -243,7 +257,7 @@ class Model:
 
         `bounds`: measure them too, which needs a bank that can be read.
         """
-        return metrics.measure(generation, self.compile_s, self.config.offload.link_gbps, bounds)
+        return metrics.measure(generation, self.config.offload.link_gbps, bounds)
 
     def close(self) -> None:
         """Stops background work."""

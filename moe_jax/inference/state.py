@@ -56,6 +56,13 @@ class DecodeState:
         return self._copied[1]
 
 
+class Batch(NamedTuple):
+    """Prompts that decode together."""
+
+    first: int  # decode step of the record
+    capacity: int  # cache positions
+
+
 @dataclasses.dataclass
 class Record:
     """Routing of a run, as the decode loop saw it; decode lists have one entry per step and expert layer.
@@ -63,7 +70,8 @@ class Record:
     When a step was interrupted its layers stand at the end of the lists, beyond the `len(active)` complete steps.
     """
 
-    prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per layer
+    batches: list[Batch] = dataclasses.field(default_factory=list)  # one for each prefill, in order
+    prefill_needed: list[list[int]] = dataclasses.field(default_factory=list)  # per prefill and layer
     needed: Lists = dataclasses.field(default_factory=Lists)
     ids: Rows = dataclasses.field(default_factory=Rows)  # int32 [B, K]
     routed: Rows = dataclasses.field(default_factory=Rows)  # the router's own ids; empty: those that ran
@@ -75,7 +83,6 @@ class Record:
 
     def end_step(self, state: DecodeState, routed: Sequence[Any]) -> None:
         """A step is complete; `routed`: what the router of each layer chose, if that is not what ran."""
-        self.active.append(state.active)
         self.lengths.append(state.lengths)
         for ids in routed:
             self.routed.append(ids)
@@ -88,3 +95,4 @@ class Record:
         for row in self.said:
             self.guessed.append(nothing if row is None else next(ranked))
         self.said.clear()
+        self.active.append(state.active)  # last: from now on the step is complete

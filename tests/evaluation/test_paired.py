@@ -8,7 +8,7 @@ import pytest
 from moe_jax.evaluation import paired
 from moe_jax.inference import bounds
 from moe_jax.inference.rows import Lists, Rows
-from moe_jax.inference.state import Record
+from moe_jax.inference.state import Batch, Record
 
 
 def test_turns_rotate():
@@ -41,7 +41,7 @@ def test_means_are_weighted_field_by_field():
 
 
 def record_of(prefill, needed, layers):
-    record = Record(prefill_needed=prefill, needed=Lists(needed))
+    record = Record([Batch(0, 64)], prefill, Lists(needed))
     record.active = Rows([np.ones(1, bool)] * (len(needed) // layers))
     return record
 

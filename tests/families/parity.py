@@ -226,7 +226,7 @@ def same_model(case: Case) -> None:
     for _ in range(NEW_TOKENS):
         steps.append(np.asarray(engine.decode(steps[-1].argmax(-1).astype(np.int32), state)))
     source.close()
-    assert bounds.replay(engine, engine.record, lambda layer, e: bank.copy((layer, e)), state.capacity, steps=1) > 0
+    assert bounds.replay(engine, engine.record, lambda layer, e: bank.copy((layer, e)), steps=1) > 0
     joined = lambda field: np.stack(
         [
             np.concatenate([np.asarray(getattr(r, field)).reshape(B, -1, a.top_k) for r in rs], axis=1)

@@ -20,10 +20,11 @@ from moe_jax.inference.calls import ExpertCalls
 from moe_jax.inference.execution import Execution
 from moe_jax.inference.forecast import Announced, Forecast
 from moe_jax.inference.grouping import groups, request_shapes, unique_in_order, used_by_token
-from moe_jax.inference.state import DecodeState, Entered, Record
+from moe_jax.inference.state import Batch, DecodeState, Entered, Record
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.decoder import CHUNKS, Routed, Stages, Stream, committed, still
 from moe_jax.model.experts import ExpertSource
+from moe_jax.prediction.oracle import Oracle
 
 Sink = Callable[[int, int, Routed], None]
 """Receives (layer among those with experts, chunk, Routed with what the experts gave in `outputs`) during prefill, when
@@ -113,6 +114,8 @@ class Engine:
         device_positions = [jax.device_put(p) for p in split(positions)]
 
         state = DecodeState(stages.kv_cache(B, S), stages.rope(S), lengths, lengths > 0)
+        if self.record:
+            self.record.batches.append(Batch(len(self.record.active), S))
         x = [stages.embed(self.dense, chunk) for chunk in split(tokens)]
         ids_by_layer = []
         self.source.begin_token(-1)
@@ -169,7 +172,8 @@ class Engine:
         # A row that has ended writes past its cache, that is nowhere.
         positions = np.where(state.active, state.lengths, state.capacity).astype(np.int32)
         x, positions = self.stages.begin(self.dense, given, positions)
-        forecast = self._predicting(state)
+        # One decision a step, whoever enters it again.
+        forecast = self._predicting(state) if state.entered is None else state.entered.forecast
         said, predictor = None, state.predictor
         if forecast is not None:
             said, predictor = forecast.begin(predictor, x.residual, given, state.device_active())
@@ -233,14 +237,17 @@ class Engine:
         """Passes a prediction on, if there is one that has not been."""
         if said is None or said.offered:
             return
-        probabilities = said.probabilities
-        if said.layer >= 0 and math.isnan(probabilities.item(0)):
+        probabilities: np.ndarray | None = said.probabilities
+        if math.isnan(probabilities.item(0)):
             assert self.forecast is not None
-            raise UserError(f"predictor {self.forecast.predictor.name}: the run is not the one it was made for")
-        self.source.offer(said.layer, probabilities)
+            if self.forecast.predictor.name == Oracle.name:
+                raise UserError("predictor oracle: the run is not the one it was made for")
+            probabilities = None  # as the activations are; without it the text would be the same
+        else:
+            self.source.offer(said.layer, probabilities)
         said.offered = True
         if self.record and said.layer >= 0:
-            self.record.said.append(probabilities[0])
+            self.record.said.append(None if probabilities is None else probabilities[0])
 
     def _predicting(self, state: DecodeState) -> Forecast | None:
         """Who predicts in this step, if anyone; it has been told of the steps that it has missed."""

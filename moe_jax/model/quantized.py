@@ -106,8 +106,9 @@ def mxfp4_values(weight: Mxfp4, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
     Beyond those the largest values overflow, and a backend may flush the smallest to zero.
     """
-    # 2^(scale - 128), as the bits of its exponent: the magnitudes below are doubled.
-    scale = jax.lax.bitcast_convert_type((weight.scales.astype(jnp.uint32) - 1) << 23, jnp.float32).astype(dtype)
+    # 2^(scale - 128), as the bits of its exponent: the magnitudes below are doubled. Of scale 0 it is 0, as of 1.
+    exponent = jnp.maximum(weight.scales, 1).astype(jnp.uint32) - 1
+    scale = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32).astype(dtype)
 
     def values(nibble: jax.Array) -> jax.Array:
         # Magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6, doubled, are the hexadecimal digits of a table that fits a register.

@@ -14,7 +14,8 @@ class Benefit:
 
     def __init__(self):
         self._on = True
-        self._tokens = -1  # weighed since the last change of mind; the first call speaks of the prompt, not of a token
+        self._tokens = 0  # weighed since the last change of mind
+        self._prompt = True
         self._least = TRIAL  # of them before the next one
         self._stall = self._hidden = self._spent = 0.0  # of the token that runs, seconds
         self._average = 0.0
@@ -32,6 +33,10 @@ class Benefit:
         """The decode thread was busy with a prediction."""
         self._spent += seconds
 
+    def prompt(self) -> None:
+        """What has been and is going to be told is not of a token, up to the next question."""
+        self._prompt = True
+
     def pays(self, cost_s: float) -> bool:
         """Whether the next token is worth predictions of `cost_s` seconds, and what the decode thread spends on them
         besides. To be asked once per token.
@@ -41,12 +46,14 @@ class Benefit:
         """
         gain, spent = self._hidden if self._on else self._stall, self._spent
         self._stall = self._hidden = self._spent = 0.0
+        if self._prompt:
+            self._prompt = False
+            return self._on
         self._tokens += 1
-        if self._tokens:
-            part = 1 / min(self._tokens, WINDOW)
-            self._average += (gain - self._average) * part
-            if self._on:
-                self._host += (spent - self._host) * part
+        part = 1 / min(self._tokens, WINDOW)
+        self._average += (gain - self._average) * part
+        if self._on:
+            self._host += (spent - self._host) * part
         cost = cost_s + self._host
         if self._tokens >= self._least and self._on != (self._average > cost * (1 if self._on else 2)):
             self._on = not self._on

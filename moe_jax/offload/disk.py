@@ -153,13 +153,14 @@ class _File:
     def __init__(self, path: Path):
         self._path = path
         self._direct = hasattr(os, "O_DIRECT")
+        self._handles: list[int] = []  # all stay open, as another thread may read from one; the last is read from
         try:
-            self._handle = os.open(path, os.O_RDONLY | (os.O_DIRECT if self._direct else 0))
+            self._handles.append(os.open(path, os.O_RDONLY | (os.O_DIRECT if self._direct else 0)))
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             self._be_buffered()
-        self._identity = _identity(os.fstat(self._handle))
+        self._identity = _identity(os.fstat(self._handles[-1]))
 
     def read(self, part: np.ndarray, offset: int) -> None:
         """Fills `part` from `offset`; both aligned to 4096."""
@@ -167,31 +168,31 @@ class _File:
             self._read(part, offset)
         except OSError as error:
             if self._direct and error.errno == errno.EINVAL:  # some file systems refuse only the read
-                self.close()
                 self._be_buffered()
             self.check()
             self._read(part, offset)  # a second time, for the errors that pass
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self._handle)
+        while self._handles:  # their numbers may soon be others'
+            with contextlib.suppress(OSError):
+                os.close(self._handles.pop())
 
     def _be_buffered(self) -> None:
+        self._handles.append(os.open(self._path, os.O_RDONLY))
         self._direct = False
-        self._handle = os.open(self._path, os.O_RDONLY)
 
     def _read(self, part: np.ndarray, offset: int) -> None:
-        view, at = part.data, offset
+        view, at, handle, direct = part.data, offset, self._handles[-1], self._direct
         while view:
             try:
-                count = os.preadv(self._handle, [view], at)
+                count = os.preadv(handle, [view], at)
             except OSError as error:
                 raise OSError(error.errno, os.strerror(error.errno or 0), str(self._path)) from None
             if not count:
                 raise OSError(f"{self._path} ended at byte {at}: it was truncated; convert the checkpoint again")
             view, at = view[count:], at + count
-        if not self._direct:
-            os.posix_fadvise(self._handle, offset, len(part), os.POSIX_FADV_DONTNEED)
+        if not direct:
+            os.posix_fadvise(handle, offset, len(part), os.POSIX_FADV_DONTNEED)
 
     def check(self) -> None:
         """Raises OSError if the file was truncated, replaced or removed since it was opened."""

@@ -86,6 +86,12 @@ class InlineLoader(Loader):
             self._link_free = ready
         self._flights[key] = weights, issued, ready
 
+    def _drop_interrupted(self) -> None:
+        super()._drop_interrupted()
+        for key in self.store.in_flight.keys() - self._flights.keys():  # Ctrl-C came while it was issued or noticed
+            self.store.abort(key)
+            self._outlook.hold(key, False)
+
     def _poll(self) -> None:
         if not self._flights:
             return

@@ -156,10 +156,10 @@ class Loader(Decisions):
         """
         return self.benefit.pays(cost_s) and not (self._copy_s and misses * self._copy_s < cost_s) and misses > 0
 
-    def unpin_all(self) -> None:
-        """Forgets the pins of a step that was interrupted between `take` and `release`."""
+    def drop_interrupted(self) -> None:
+        """Forgets what a step that was interrupted anywhere has left behind."""
         with self._lock:
-            self.store.unpin_all()
+            self._drop_interrupted()
 
     def make_room(self, count: int) -> None:
         """Evicts experts until `count` more would fit; for between tokens, when nothing computes.
@@ -168,7 +168,8 @@ class Loader(Decisions):
         """
         while True:
             with self._lock:
-                self.store.unpin_all()
+                self._check_usable()
+                self._drop_interrupted()
                 self._pending.clear()
                 self._demand.clear()
                 self._outlook.clear()  # nothing speculated may take the room
@@ -201,6 +202,10 @@ class Loader(Decisions):
     def _obtain(self) -> None:
         """Blocks until everything in `_wanted` is resident, or raises."""
         raise NotImplementedError
+
+    def _drop_interrupted(self) -> None:
+        """Pins would stay for ever."""
+        self.store.unpin_all()
 
     def _poll(self) -> None:
         """Notices copies that have arrived, where nobody else does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ def open_source(
     checkpoint: HFCheckpoint | Converted,
     dtype: Any,
     free_bytes: int | None,
+    host_free: Callable[[], int] | None = None,
     host_bank: HostBank | None = None,
     future: Sequence[Key] | None = None,
     expect: Expect | None = None,
@@ -39,7 +40,8 @@ def open_source(
 
     Args:
       dtype: of the computation.
-      free_bytes: what a budget of "auto" may use; None: no budget is "auto".
+      free_bytes: what a device budget of "auto" may use; None: it is not "auto".
+      host_free: bytes of free host memory, for a host budget of "auto"; a tenth is left to others.
       host_bank: for tier "host": one to share; None reads its own.
       future: for policy "belady": what the run will need, in order; None reads `config.trace`.
       expect: how often experts will be used, given how often they were; None: without a trained network.
@@ -50,15 +52,15 @@ def open_source(
     a, settings = checkpoint.architecture, Settings.load(jax.default_backend())
     policy = _policy(config, future)
     on_disk = config.tier == "disk"
-    if not on_disk and parse_budget(config.host_budget, 1, 1, HOST_FLAG):
+    if not on_disk and parse_budget(config.host_budget, 10**12, 1, HOST_FLAG):
         raise UserError(f"{HOST_FLAG} is for tier disk; with tier host all experts are in host memory")
-    disk = _disk_bank(config, checkpoint, settings, free_bytes) if on_disk else None
+    disk = _disk_bank(checkpoint, settings) if on_disk else None
     expert_bytes = disk.expert_bytes if disk else checkpoint.expert_bytes
     if config.upcast == "arrival":
         expert_bytes = widened_bytes(checkpoint.expert_spec, dtype)
     budget = parse_budget(config.device_budget, a.num_moe_layers * a.num_experts * expert_bytes, free_bytes)
     check_budget(budget, a, expert_bytes, config.budget_scope == "layer")  # before a host bank is read: that takes time
-    bank = disk or host_bank or HostBank(checkpoint)
+    bank = _with_host_cache(disk, config.host_budget, budget, host_free) if disk else host_bank or HostBank(checkpoint)
     if config.upcast == "arrival":
         bank = WidenedBank(bank, checkpoint.expert_spec, dtype)
     # Reading from a disk blocks whoever does it: it needs threads on every backend.
@@ -77,17 +79,24 @@ def open_source(
     )
 
 
-def _disk_bank(
-    config: OffloadConfig, checkpoint: HFCheckpoint | Converted, settings: Settings, free_bytes: int | None
-) -> DiskBank | HostCache:
+def _disk_bank(checkpoint: HFCheckpoint | Converted, settings: Settings) -> DiskBank:
     if not isinstance(checkpoint, Converted):
         raise UserError(
             "--config.offload.tier=disk reads a converted checkpoint; make one with"
             f" python convert.py --checkpoint={checkpoint.directory} --output=DIR, then --config.checkpoint=DIR"
         )
-    bank = DiskBank(checkpoint, settings.slice_bytes, settings.read_threads)
-    host_bytes = parse_budget(config.host_budget, bank.total_bytes, free_bytes, HOST_FLAG)
-    return HostCache(bank, host_bytes) if host_bytes else bank
+    return DiskBank(checkpoint, settings.slice_bytes, settings.read_threads)
+
+
+def _with_host_cache(
+    bank: DiskBank, budget: str, device_budget: int, host_free: Callable[[], int] | None
+) -> DiskBank | HostCache:
+    free = None
+    if budget == "auto" and host_free is not None:
+        # Where the device is the host, its experts come out of the same memory.
+        free = max(0, int(0.9 * host_free()) - (min(device_budget, bank.total_bytes) if bank.aliases else 0))
+    size = parse_budget(budget, bank.total_bytes, free, HOST_FLAG)
+    return HostCache(bank, size) if size else bank
 
 
 def _policy(config: OffloadConfig, future: Sequence[Key] | None) -> Eviction:

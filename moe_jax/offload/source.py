@@ -134,8 +134,10 @@ class OffloadedExperts:
         return self._loader.store
 
     def begin_token(self, token: int) -> None:
-        """A decode step, or the prefill (token -1), starts. Pins that an interrupted step left behind are dropped."""
-        self._loader.unpin_all()
+        """A decode step, or the prefill (token -1), starts. What an interrupted step left behind is dropped."""
+        self._loader.drop_interrupted()
+        if token < 0:
+            self._loader.benefit.prompt()
         self._loader.trace.begin_token(token)
 
     def request(self, layer: int, experts: Sequence[int], by_token: np.ndarray | None = None) -> list[int]:

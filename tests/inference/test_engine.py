@@ -1,10 +1,14 @@
 """The resident engine against the slow dense reference: prefill, decode, batches, and what ends a row."""
 
+from contextlib import closing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import moe_jax
 from moe_jax.checkpoint.families import mixtral
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.errors import UserError
@@ -270,6 +274,39 @@ def test_nothing_runs_ahead_in_a_batch_or_where_experts_share_calls(model, rows,
     engine = Engine(plain.stages, plain.dense, source, predictors.load("router", 1, "", a, plain.dense))
     greedy(engine, prompts([5] * rows), 2)
     assert source.offered
+
+
+def test_whether_predictions_pay_is_asked_once_a_step(model, monkeypatch):
+    directory, a, plain = model
+    source = Watched(HFCheckpoint(directory))
+    engine = Engine(plain.stages, plain.dense, source, predictors.load("router", 2, "", a, plain.dense))
+    _, state = engine.prefill(prompts([5, 3]), 4)
+    asked = []
+    monkeypatch.setattr(source, "wants_prediction", lambda cost_s: not asked.append(cost_s))
+    for step in range(3):
+        tokens = jnp.arange(8, dtype=jnp.int32)
+        engine.enter(tokens, state)
+        state.active = np.arange(8) < (2 if step < 1 else 1)  # one row ends: the step is entered again
+        engine.decode(tokens, state)
+        assert len(asked) == step + 1
+
+
+def test_weights_that_are_no_numbers_end_a_run_no_more_than_without_predictor(tmp_path):
+    directory = write_tiny(tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    name = next(name for name in tensors if "layers.2" in name and "experts.3" in name)
+    tensors[name] = np.full_like(tensors[name], np.nan)
+    save_file(tensors, directory / "model.safetensors")
+
+    def ids(predictor):
+        with closing(moe_jax.load(str(directory), prefetch={"predictor": predictor}, max_seq_len=64)) as model:
+            generation = model.start(["one two three"], 6)
+            for _ in generation:
+                pass
+            return generation.outputs[0].token_ids, model.metrics(generation)["recall"]
+
+    (alone, _), (predicted, recall) = ids("none"), ids("router")
+    assert predicted == alone and (recall is None or 0 <= recall <= 1)
 
 
 @pytest.mark.parametrize("name", ["learned", "router"])  # one remembers the last token, one nothing

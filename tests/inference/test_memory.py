@@ -1,6 +1,7 @@
 """What "auto" leaves for experts. That the estimates hold is for tests/aot to say."""
 
 import math
+import threading
 from contextlib import closing
 
 import jax.numpy as jnp
@@ -47,3 +48,11 @@ def test_a_model_runs_with_auto():
         assert model.engine.source.store.budget_bytes == model.engine.source.bank.total_bytes  # pyright: ignore
     with pytest.raises(UserError, match="leaves nothing for experts"):
         moe_jax.load(offload={"device_budget": "auto"}, prefetch={"predictor": "none"}, batch_size=10**9)
+
+
+def test_a_model_that_cannot_be_made_leaves_nothing_running():
+    threads = lambda: [thread for thread in threading.enumerate() if thread.name.startswith("moe_jax")]
+    before = threads()
+    with pytest.raises(UserError, match="recall"):
+        moe_jax.load(execution="hybrid", prefetch={"predictor": "frequency"})
+    assert threads() == before

@@ -77,6 +77,14 @@ def test_is_the_product_with_the_plain_matrix_in_mxfp4(inputs, rows):
     close(jax.jit(project)(x, weight, bias), x, plain, bias)
 
 
+def test_the_smallest_scales_of_mxfp4_give_zero_and_no_infinity():
+    """Some write scale 0, which is 2^-127, for a block of nothing."""
+    weight, _ = mxfp4(4, 32)
+    for scale in (0, 1):
+        found = jax.jit(project)(np.ones((1, 32), np.float32), weight._replace(scales=weight.scales * 0 + scale), None)
+        assert (np.abs(found) <= 32 * 6 * 2.0**-126).all()
+
+
 @pytest.mark.parametrize("make", [int8, int4, mxfp4, packed])
 def test_computes_in_the_dtype_of_the_input(make):
     weight, plain = make(6, 64)

@@ -44,6 +44,19 @@ def test_the_trial_weighs_its_tokens_alike_and_not_the_prompt():
     assert not any(tokens(benefit, 3 * WINDOW, stall=1.9))
 
 
+def test_no_later_prompt_counts_as_a_token():
+    benefit = Benefit()
+    tokens(benefit, 3 * WINDOW, hidden=0.9)
+    for _ in range(3 * WINDOW):
+        benefit.prompt()
+        assert not any(tokens(benefit, 1, stall=900.0) + tokens(benefit, 1, stall=1.0))
+    benefit = Benefit()
+    tokens(benefit, 3 * WINDOW, hidden=1.1)
+    for _ in range(3 * WINDOW):
+        benefit.prompt()
+        assert all(tokens(benefit, 1, hidden=0.0) + tokens(benefit, 1, hidden=1.1))
+
+
 def test_waiting_brings_them_back_if_there_is_clearly_more_to_hide_than_they_cost():
     benefit = Benefit()
     tokens(benefit, TRIAL)

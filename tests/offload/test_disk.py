@@ -1,5 +1,6 @@
 """The disk bank: right bytes in memory of their own, read again only where they must be, and honest about faults."""
 
+import contextlib
 import dataclasses
 import errno
 import gc
@@ -176,6 +177,16 @@ def test_a_read_that_fails_once_is_repeated(checkpoint, monkeypatch):
     bank, reads = bank_of(checkpoint), Reads(monkeypatch, {3: errno.EIO})
     assert same(checkpoint, (1, 1), load(bank, (1, 1)))
     assert reads.calls == bank.start((1, 1)).slices + 1
+
+
+def test_closing_again_closes_no_file_of_others(checkpoint):
+    """The system gives a number that is free to whoever opens a file next."""
+    bank, before = bank_of(checkpoint), Path(checkpoint.directory, "config.json").read_bytes()
+    bank.close()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(Path(checkpoint.directory, "config.json").open("rb")) for _ in range(8)]
+        bank.close()
+        assert [file.read() for file in files] == [before] * 8
 
 
 def test_a_read_that_keeps_failing_names_file_layer_and_expert(checkpoint, monkeypatch):

@@ -1,5 +1,8 @@
 """Experts kept in host memory between disk and device, and experts widened on arrival."""
 
+from contextlib import closing
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +11,12 @@ import pytest
 from moe_jax.checkpoint.convert import convert
 from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
+from moe_jax.config import OffloadConfig
 from moe_jax.errors import UserError
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.disk import DiskBank
 from moe_jax.offload.host_cache import HostCache
+from moe_jax.offload.open import open_source
 from moe_jax.offload.widen import WidenedBank, widened_bytes
 from tests.tiny import write_tiny
 
@@ -78,3 +83,26 @@ def test_quantised_experts_are_not_widened_on_arrival(tmp_path):
     convert(HFCheckpoint(write_tiny(tmp_path / "model")), tmp_path / "int8", quantization="int8")
     with pytest.raises(UserError, match="upcast"):
         widened_bytes(Converted(tmp_path / "int8").expert_spec, jnp.float32)
+
+
+def opened(checkpoint, host_free, **options):
+    """Experts that the device and the host may hold."""
+    config = OffloadConfig(**{"tier": "disk", "policy": "lru", **options})
+    with closing(open_source(config, checkpoint, jnp.float32, None, host_free)) as source:
+        bank: Any = source.bank
+        return source.store.capacity, bank.capacity if isinstance(bank, HostCache) else 0
+
+
+def test_auto_takes_what_the_host_has_left(checkpoint):
+    size = DiskBank(checkpoint).expert_bytes
+    free = lambda count: lambda: int(count * size / 0.9) + 1
+    options = {"device_budget": f"{4 * size}B", "host_budget": "auto"}
+    assert opened(checkpoint, free(11), **options) == (4, 7)  # the device is the host
+    assert opened(checkpoint, free(10**6), **options) == (4, 35)
+    assert opened(checkpoint, free(3), **options) == (4, 0)
+
+
+@pytest.mark.parametrize("budget", ["50%", "1%", "1MiB"])
+def test_a_host_budget_is_for_the_disk_tier(checkpoint, budget):
+    with pytest.raises(UserError, match="host_budget is for tier disk"):
+        opened(checkpoint, None, tier="host", host_budget=budget)

@@ -517,6 +517,22 @@ def test_an_interrupted_take_leaves_the_source_usable_and_closable(opened):
     assert not any(thread.is_alive() for thread in s._loader._threads)
 
 
+@pytest.mark.parametrize("where", ["copy", "_all_ready"])
+def test_inline_a_copy_that_ctrl_c_has_lost_takes_no_room(opened, monkeypatch, where):
+    """`device_put` is Python for the most part, and the decode thread is where Ctrl-C comes."""
+    s = opened(WatchedBank(2), 2, "inline")
+    owner = s.bank if where == "copy" else "moe_jax.offload.inline"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        target = (owner, where) if where == "copy" else (f"{owner}.{where}",)
+        patch.setattr(*target, lambda *_: signal.raise_signal(signal.SIGINT))
+        s.request(0, [0, 1])
+        s._loader._poll()
+    assert within(5, s.resident) is not None
+    within(5, s._loader.make_room, 2)
+    s.begin_token(0)
+    assert use(s, 0, [0, 1]) == ("missed", "missed") and use(s, 0, [1]) == ("cached",)
+
+
 @BOTH
 def test_close_ends_everything(opened, mode):
     bank = WatchedBank(4)

@@ -1,4 +1,6 @@
-"""A directory that `convert.py` wrote: every block is checked against its checksum when it is read.
+"""A directory that `convert.py` wrote: every block is checked against its checksum when it is read here.
+
+(Tier "disk" reads blocks by itself, over and over, and watches the files instead: a checksum takes longer than a read.)
 
     DIR/manifest.json                    written last: without it, a directory is no finished conversion
     DIR/config.json, tokenizer.json ...  as in the source

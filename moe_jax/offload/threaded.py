@@ -118,8 +118,8 @@ class ThreadLoader(Loader):
             flight = self._flights.get(key)
             if flight is not None and not (flight.prepared or flight.landing):
                 flight.prepared = True
-                self._lock.release()
                 try:
+                    self._lock.release()  # inside: Ctrl-C may come right after it
                     flight.transfer.prepare()
                 except Exception:  # whoever ends the load tries again, and reports what is wrong
                     pass

@@ -30,6 +30,7 @@ LOSSLESS, ENGINE = "tests/inference/test_lossless.py", "tests/inference/test_eng
 OFFLOAD = "tests/offload/test_history.py tests/offload/test_outlook.py tests/offload/test_loader.py"
 CPU, ATTENTION = "tests/model/test_cpu.py", "tests/model/test_attention.py"
 PLATFORMS, ROWS = "tests/model/test_platforms.py", "tests/inference/test_rows.py"
+METRICS = "tests/inference/test_metrics.py"
 KEPT = "ids: Any = dataclasses.field(default_factory=list)"
 AHEAD_OF_TIME = "tests/aot"  # needs its dependency group: python tests/aot/compilers.py
 MUTANTS = {
@@ -271,7 +272,7 @@ MUTANTS = {
         "moe_jax/inference/state.py", {"ids: Rows = dataclasses.field(default_factory=Rows)": KEPT}, ROWS
     ),
     "every step and load is kept, asked for or not": Mutant(
-        "moe_jax/offload/open.py", {"trace=Trace(details=False)": "trace=Trace()"}, "tests/inference/test_rows.py"
+        "moe_jax/inference/generate.py", {"Record(), Trace(details=False)": "Record(), Trace()"}, ROWS
     ),
     "what is evicted is not known to be gone": Mutant(
         "moe_jax/offload/store.py",
@@ -308,6 +309,35 @@ MUTANTS = {
     ),
     "what predictions cost the host is forgotten": Mutant(
         "moe_jax/offload/benefit.py", {"cost = cost_s + self._host": "cost = cost_s"}, "tests/offload/test_benefit.py"
+    ),
+    "a second text goes on with the figures of the first": Mutant(
+        "moe_jax/inference/generate.py",
+        {"            engine.source.trace = self.trace\n": "            pass\n"},
+        METRICS,
+    ),
+    "the steps of all batches are replayed in the shape of the last": Mutant(
+        "moe_jax/inference/bounds.py", {"max(first, count - steps) if steps": "max(0, count - steps) if steps"}, METRICS
+    ),
+    "all prompts come before all steps": Mutant(
+        "moe_jax/inference/bounds.py",
+        {"zip(record.batches, ends, strict=True)": "zip(record.batches, sorted(ends)[::-1])"},
+        METRICS,
+    ),
+    "a step that is entered again is decided on again": Mutant(
+        "moe_jax/inference/engine.py",
+        {"self._predicting(state) if state.entered is None else": "self._predicting(state) or"},
+        ENGINE,
+    ),
+    "a copy lost to Ctrl-C stays booked": Mutant(
+        "moe_jax/offload/inline.py", {"            self.store.abort(key)\n": ""}, OFFLOAD
+    ),
+    "the device's experts are no part of the host's memory": Mutant(
+        "moe_jax/offload/open.py",
+        {"if bank.aliases else 0": "if not bank.aliases else 0"},
+        "tests/offload/test_host_cache.py",
+    ),
+    "what others may give back is not free": Mutant(
+        "moe_jax/inference/host_memory.py", {"int(used) + cache": "int(used)"}, "tests/inference/test_host_memory.py"
     ),
     "rows that have ended are predicted for": Mutant(
         "moe_jax/inference/state.py", {"if self._copied is None or (": "if self._copied is None or not ("}, ENGINE

@@ -136,9 +136,16 @@ class Config:
         """From a plain nested dictionary (a ConfigDict's `to_dict()`); fields not given keep their defaults.
 
         Raises:
-          UserError: an unknown field, a value of the wrong type, out of range, or not among the accepted ones.
+          UserError: an unknown field, a value of the wrong type, out of range, or not among the accepted ones, or two
+            that exclude each other.
         """
-        return _build(cls, values, "")
+        config = _build(cls, values, "")
+        if config.prefetch.predictor == "oracle" and config.execution != "exact":
+            raise UserError(
+                f"config.execution={config.execution!r}: the oracle knows what exact execution needs, and nothing of"
+                " other modes; choose --config.execution=exact, or --config.prefetch.predictor=router"
+            )
+        return config
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

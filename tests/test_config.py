@@ -86,6 +86,10 @@ def test_frozen_and_hashable():
             "config.execution='cache-aware' is not one of exact, speculative, speculative_gated, hybrid, cache_aware;"
             " did you mean cache_aware?",
         ),
+        (
+            {"execution": "cache_aware", "prefetch": {"predictor": "oracle"}},
+            "config.execution='cache_aware': the oracle knows what exact execution needs",
+        ),
         ({"speculation": {"bonus": -0.5}}, "config.speculation.bonus must be at least 0, not -0.5"),
         ({"speculation": {"threshold": 1.5}}, "config.speculation.threshold must be at most 1, not 1.5"),
         ({"dtype": "float16"}, "config.dtype='float16' is not one of float32, bfloat16; did you mean"),

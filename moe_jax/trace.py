@@ -194,10 +194,16 @@ class Trace:
         """
         try:
             lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        except (OSError, ValueError) as error:
+            return cls._of(lines)
+        except OSError as error:
             raise UserError(f"cannot read trace {path}: {error}") from None
-        if not lines or lines[0].get("kind") != "trace" or lines[0].get("schema") != SCHEMA:
-            raise UserError(f"{path} is not a trace of schema {SCHEMA}; record one with --trace={path}")
+        except (ValueError, IndexError, KeyError, TypeError, AttributeError):  # no JSON, or other JSON
+            raise UserError(f"{path} is not a trace of schema {SCHEMA}; record one with --trace={path}") from None
+
+    @classmethod
+    def _of(cls, lines: list[dict[str, Any]]) -> Trace:
+        if lines[0]["kind"] != "trace" or lines[0]["schema"] != SCHEMA:
+            raise ValueError("another schema")
         trace = cls(keep_predictions=True)
         trace.peak_bytes, trace._decode_tokens = lines[0]["peak_bytes"], lines[0]["decode_tokens"]
         for line in lines[1:]:

@@ -144,7 +144,17 @@ def test_a_saved_trace_reads_back(tmp_path):
     assert lines == ["trace"] + 5 * ["step"] + 8 * ["load"]
 
 
-@pytest.mark.parametrize("text", [None, "", "no json", '{"kind": "trace", "schema": 99}\n', '{"kind": "step"}\n'])
+HEADER = '{"kind": "trace", "schema": 1, "peak_bytes": 0, "decode_tokens": 0}\n'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(None, "", "no json", '{"kind": "trace", "schema": 99}\n', '{"kind": "step"}\n', "[1, 2]\n", "3\n"),
+        *('{"kind": "trace", "schema": 1}\n', HEADER + "[]\n", HEADER + '{"kind": "load", "x": 1}\n'),
+        *(HEADER + '{"kind": "step", "token": 0}\n', HEADER + "{}\n"),
+    ],
+)
 def test_what_is_no_trace_is_refused(tmp_path, text):
     path = tmp_path / "trace.jsonl"
     if text is not None:

@@ -12,6 +12,7 @@ from moe_jax.checkpoint.converted import Converted
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.config import POLICIES, OffloadConfig
 from moe_jax.errors import UserError
+from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import Key
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.disk import DiskBank
@@ -50,7 +51,7 @@ def open_source(
       UserError: a budget is malformed or too small, the tier or the policy lacks something.
     """
     a, settings = checkpoint.architecture, Settings.load(jax.default_backend())
-    policy = _policy(config, future)
+    policy = _policy(config, a, future)
     on_disk = config.tier == "disk"
     if not on_disk and parse_budget(config.host_budget, 10**12, 1, HOST_FLAG):
         raise UserError(f"{HOST_FLAG} is for tier disk; with tier host all experts are in host memory")
@@ -99,7 +100,7 @@ def _with_host_cache(
     return HostCache(bank, size) if size else bank
 
 
-def _policy(config: OffloadConfig, future: Sequence[Key] | None) -> Eviction:
+def _policy(config: OffloadConfig, a: Architecture, future: Sequence[Key] | None) -> Eviction:
     if config.policy != "belady":
         return pkgutil.resolve_name(POLICIES[config.policy])()
     if future is not None:
@@ -109,5 +110,4 @@ def _policy(config: OffloadConfig, future: Sequence[Key] | None) -> Eviction:
             "--config.offload.policy=belady needs the future: record the same run once with --trace=FILE,"
             " then give --config.offload.trace=FILE"
         )
-    steps = Trace.read(config.trace).steps()
-    return Belady([(step.layer, expert) for step in steps for expert in step.needed])
+    return Belady.of(Trace.read(config.trace).steps(), a.num_moe_layers, a.num_experts, a.top_k)

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moe_jax.errors import UserError
 from moe_jax.model.experts import Key
+from moe_jax.trace import Step
 
 Expected = Callable[[Collection[Key]], np.ndarray]
 """When the candidates are expected to be needed next: float [len], in their order, in layers from the one that runs."""
@@ -136,8 +138,13 @@ class Belady:
     The run must be the recorded one again; where it departs, the policy goes by the record as far as it is.
     """
 
-    def __init__(self, uses: Sequence[Key]):
-        """`uses`: every (layer, expert) that the recorded run needed, in order (`Trace.steps()`)."""
+    def __init__(self, uses: Sequence[Key], strict: bool = False):
+        """
+        Args:
+          uses: every (layer, expert) that the recorded run needed, in order (`Trace.steps()`).
+          strict: refuse a run that departs before the record ends.
+        """
+        self._uses, self._strict = uses, strict
         self._at: dict[Key, list[int]] = {}
         for index, key in enumerate(uses):
             self._at.setdefault(key, []).append(index)
@@ -146,8 +153,33 @@ class Belady:
         """Uses seen so far."""
         return 0
 
+    @classmethod
+    def of(cls, steps: Sequence[Step], num_layers: int, num_experts: int, top_k: int) -> Belady:
+        """The run of a trace and no other, of a model of so many layers, experts and active ones.
+
+        Raises:
+          UserError: the trace is of another model; later, from `on_use`: of another run.
+        """
+        uses = [(step.layer, expert) for step in steps for expert in step.needed]
+        layers, fewest = {layer for layer, _ in uses}, min((len(step.needed) for step in steps), default=0)
+        if layers != set(range(num_layers)) or max(expert for _, expert in uses) >= num_experts or fewest < top_k:
+            raise UserError(
+                f"--config.offload.trace is of another model than one of {num_layers} layers, {num_experts} experts and"
+                f" {top_k} active: record this run with --config.offload.policy=lru --trace=FILE"
+            )
+        return cls(uses, strict=True)
+
     def on_use(self, state: int, key: Key, needed: bool = True) -> int:
-        """Goes to the use of the record that this one is: the next one of `key`, if the record has any left."""
+        """Goes to the use of the record that this one is: the next one of `key`, if the record has any left.
+
+        Raises:
+          UserError: strict, and the record has another use here.
+        """
+        if self._strict and needed and state < len(self._uses) and self._uses[state] != key:
+            raise UserError(
+                "this run is not that of --config.offload.trace (another prompt, sampling, seed or model), which policy"
+                " belady needs: record it with --config.offload.policy=lru --trace=FILE"
+            )
         at = self._at.get(key, []) if needed else []
         index = bisect.bisect_left(at, state)
         return at[index] + 1 if index < len(at) else state

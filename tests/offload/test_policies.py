@@ -1,5 +1,6 @@
 """Eviction policies from tables, and Belady's against every possible choice."""
 
+import dataclasses
 import functools
 
 import hypothesis.strategies as st
@@ -7,7 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+import moe_jax
+from moe_jax.checkpoint.families import mixtral
+from moe_jax.errors import UserError
 from moe_jax.offload.policies import LFU, LRU, Belady, LeastStale, Predicted
+from moe_jax.trace import Trace
+from tests.tiny import SIZES, TINY, write_tiny
 
 A, B, C, D = (0, 0), (0, 1), (1, 0), (1, 1)
 KEYS = [A, B, C, D]
@@ -105,3 +111,38 @@ def test_belady_loads_as_few_as_any_choice_of_victims(uses, capacity):
 
     assert loads(Belady(uses), uses, capacity) == least(0, frozenset())
     assert all(loads(policy, uses, capacity) >= least(0, frozenset()) for policy in (LRU(), LFU()))
+
+
+def test_belady_replays_the_run_of_its_trace_and_no_other(tmp_path):
+    write_tiny(tmp_path / "model", dataclasses.replace(TINY, eos_ids=()))
+    write_tiny(tmp_path / "fewer_layers", mixtral.architecture(**SIZES | {"num_layers": 4}))
+
+    def run(prompt, tokens, checkpoint="model", **offload):
+        prefetch = {"predictor": "none"}
+        model = moe_jax.load(str(tmp_path / checkpoint), offload=offload, prefetch=prefetch)
+        model.engine.source.trace = trace = Trace()  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            return "".join(model.generate(prompt, tokens)), trace
+        finally:
+            model.close()
+
+    text, trace = run("abc", 8, policy="lru")
+    trace.save(tmp_path / "trace.jsonl")
+    recorded = {"policy": "belady", "trace": str(tmp_path / "trace.jsonl")}
+    again, fewer = run("abc", 8, **recorded)
+    assert again == text and fewer.summary()["loads"] < trace.summary()["loads"]
+    assert run("abc", 9, device_budget="50%", **recorded)[0].startswith(text)  # what follows the record is no departure
+    with pytest.raises(UserError, match=r"not that of --config.offload.trace .* --trace=FILE"):
+        run("abd", 8, **recorded)
+    with pytest.raises(UserError, match=r"another model than one of 4 layers, 7 experts and 2 active"):
+        run("abc", 8, "fewer_layers", **recorded)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(3, 2), (4, 3)])
+def test_a_trace_of_other_experts_is_of_another_model(experts, top_k):
+    trace = Trace()
+    trace.step(0, [3, 1], ["missed"] * 2)
+    trace.step(1, [0, 1, 2], ["missed"] * 3)
+    Belady.of(trace.steps(), 2, 4, 2)
+    with pytest.raises(UserError, match="another model"):
+        Belady.of(trace.steps(), 2, experts, top_k)

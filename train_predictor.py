@@ -93,7 +93,8 @@ def main() -> None:
     offload = {"tier": c["tier"], "device_budget": c["device_budget"]}
     chunk = activations.BATCH * c["window"]  # a batch of windows is one prefill chunk
     values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk, "dtype": c["dtype"]}
-    model = Model(Config.from_dict(values | {"prefetch": {"predictor": "none"}}))
+    with cli.status("loading the model"):
+        model = Model(Config.from_dict(values | {"prefetch": {"predictor": "none"}}))
     a = model.checkpoint.architecture
     horizon = min(c["horizon"], a.num_moe_layers)  # further ahead every layer has been seen
     if horizon < 1:
@@ -111,8 +112,8 @@ def main() -> None:
         print(room(logs), file=sys.stderr)
         for log in logs:
             title = f"logging {log.directory.name} text, {log.windows.lengths.sum():,} tokens"
-            with report.progress(title, len(log.windows.tokens)) as advance:
-                activations.write_log(model.engine, log, lambda done, advance=advance: advance(done, {}))
+            with cli.progress(title, len(log.windows.tokens)) as advance:
+                activations.write_log(model.engine, log, advance)
         return logs
 
     def score(name, log, weights, windows=None):
@@ -122,11 +123,16 @@ def main() -> None:
     def calibrate(directory, log, weights):
         """Fits and stores how far the look-aheads can be trusted."""
         own = {name: predictors.params_of(name, spec, parts, weights) for name in calibration.LOOKAHEADS}
-        found = {name: calibration.fit(name, params, spec, log, some(log)) for name, params in own.items()}
+        with cli.status("calibrating the look-aheads"):
+            found = {name: calibration.fit(name, params, spec, log, some(log)) for name, params in own.items()}
         calibration.store(directory, identity, found, [Path(name).name for name in chosen_on])
 
-    def fitted(settings, directory, title, log, validation, solved=None):
-        with contextlib.ExitStack() as stack, report.progress(title, settings.steps) as advance:
+    def closed_form(log):
+        print(f"least squares over {log.windows.lengths.sum():,} tokens ...", file=sys.stderr, flush=True)
+        return fit.solve(settings, spec, parts, log)
+
+    def fitted(settings, directory, title, log, validation, solved):
+        with contextlib.ExitStack() as stack, cli.progress(title, settings.steps) as advance:
             writers = scalars.writers(directory / "scalars")
             curves = [stack.enter_context(contextlib.closing(writer)) for writer in writers]
 
@@ -139,14 +145,15 @@ def main() -> None:
 
     def ablate(log, validation):
         """One fit for every loss, all from one closed form, and what each finds of the validation texts."""
-        solved = functools.cache(lambda: fit.solve(settings, spec, parts, log))
+        solved = functools.cache(lambda: closed_form(log))
         closed = dataclasses.replace(settings, steps=0)
         rows = []
         for name, own in ({"closed form": closed} | variants).items():
             began = time.time()
             params, best = fitted(own, output / "ablation" / name.replace(" ", "_"), name, log, validation, solved)
             seconds = time.time() - began
-            scores = metrics.evaluate(predictors.named("learned"), params, spec, validation)
+            with cli.status(f"scoring {name}"):
+                scores = metrics.evaluate(predictors.named("learned"), params, spec, validation)
             rows.append(report.Fitted(name, best["recall"], int(best["step"]), seconds, scores))
         report.print_ablation(rows, spec)
         if OUTPUT_JSON.value:
@@ -162,7 +169,11 @@ def main() -> None:
     def tell(log, weights, summary):
         """The tables on the test texts, and the document for programs."""
         summary = summary | {"test_tokens": int(log.windows.lengths.sum())}
-        scores = {name: score(name, log, weights) for name in compared}
+        scores = {}
+        with cli.progress(f"scoring {len(compared)} predictors", len(compared)) as advance:
+            for name in compared:
+                scores[name] = score(name, log, weights)
+                advance(len(scores))
         report.print_scores(scores, spec)
         if OUTPUT_JSON.value:
             by_name = {name: score.to_dict() for name, score in scores.items()}
@@ -171,20 +182,22 @@ def main() -> None:
 
     ours = {name: sorted(map(str, shipped(name).glob("*.txt"))) for name in ("development", "held_out")}
     chosen_on, tests = VALIDATION_TEXT.value or ours["development"], TEST_TEXT.value or ours["held_out"]
-    encode = model.tokenizer.encode
-    scored = functools.partial(
-        texts.plan, encode, window=c["window"], max_tokens=c["max_scored_tokens"], seed=c["seed"], in_order=True
-    )
+
+    def plan(name, sources, **options):
+        with cli.status(f"cutting {name} text into windows"):
+            return texts.plan(model.tokenizer.encode, sources, c["window"], seed=c["seed"], **options)
+
+    scored = functools.partial(plan, max_tokens=c["max_scored_tokens"], in_order=True)
     if named := SCORE.value or CALIBRATE.value:
         directory = shipped("predictor") if named == "shipped" else Path(named)
         weights = saved.load(directory, spec, identity)
         if CALIBRATE.value:
             outputs.check_folder(f"--calibrate={named}", directory)
-            [validation] = logged(validation=scored(chosen_on))
+            [validation] = logged(validation=scored("validation", chosen_on))
             calibrate(directory, validation, weights)
             print(f"stored in {directory / calibration.FILE}")
         else:
-            [test] = logged(test=scored(tests))
+            [test] = logged(test=scored("test", tests))
             tell(test, weights, {"model": identity, "predictor": str(directory)})
         model.close()
         return
@@ -192,26 +205,27 @@ def main() -> None:
     sources = TEXT.value or [texts.standard_library()]
     # Neither what is tested on nor what is chosen on is trained on, whoever ships it.
     exclude = [*chosen_on, *tests, *ours["development"], *ours["held_out"]]
-    train_plan = texts.plan(encode, sources, c["window"], c["max_tokens"], c["seed"], exclude=exclude)
-    plans = {"train": train_plan, "validation": scored(chosen_on)}
+    train_plan = plan("train", sources, max_tokens=c["max_tokens"], exclude=exclude)
+    plans = {"train": train_plan, "validation": scored("validation", chosen_on)}
     if variants:
         log, validation = logged(**plans)
         ablate(log, validation)
         model.close()
         return
-    log, validation, test = logged(**plans, test=scored(tests))
+    log, validation, test = logged(**plans, test=scored("test", tests))
     logged_s = time.time() - started
 
-    params, best = fitted(settings, output, "fitting", log, validation)
+    params, best = fitted(settings, output, "fitting", log, validation, lambda: closed_form(log))
     fitted_s = time.time() - started - logged_s
 
-    with report.progress("fitting later use", usage_fit.STEPS) as advance:
+    with cli.progress("fitting later use", usage_fit.STEPS) as advance:
         later = usage_fit.fit(spec, log, c["seed"], advance)
     used_s = time.time() - started - logged_s - fitted_s
-    later_use = {name: usage_fit.loss(u, spec, validation) for name, u in (("network", later), ("averages", None))}
     vectors, unseen = lookahead.default_vectors(*log.outputs())
     weights = {"network": params["network"], "vectors": vectors}
-    chosen_by = {name: score(name, validation, weights, some(validation)) for name in best_per_layer.CANDIDATES}
+    with cli.status("choosing what predicts each layer best"):
+        later_use = {name: usage_fit.loss(u, spec, validation) for name, u in (("network", later), ("averages", None))}
+        chosen_by = {name: score(name, validation, weights, some(validation)) for name in best_per_layer.CANDIDATES}
     recall, first = ({name: getattr(s, field) for name, s in chosen_by.items()} for field in ("recall", "first"))
     weights["best"] = best_per_layer.choose(recall, first)
     own = predictors.Learned(settings.expert_hidden).multiply_adds(spec)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -83,15 +83,33 @@ def status(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with the time that is left; gives a function of the steps done."""
+def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """How far something is, on stderr: a bar with the time that is left on a terminal, elsewhere a line every tenth.
+
+    Gives a function of the steps done, and of numbers to show by name, each kept until it is replaced.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console, seen, tenth = Console(stderr=True), {}, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
+    bar = Progress(*columns, TextColumn("{task.fields[shown]}"), console=console) if console.is_terminal else None
+    with bar or contextlib.nullcontext():
+        task = bar.add_task(title, total=total, shown="") if bar else None
+        if not bar:
+            print(f"{title} ...", file=sys.stderr, flush=True)
+
+        def advance(done: int, values: Mapping[str, float] | None = None) -> None:
+            nonlocal tenth
+            seen.update(values or {})
+            shown = " ".join(f"{name} {value:.4f}" for name, value in seen.items())
+            if bar and task is not None:
+                bar.update(task, completed=done, shown=shown)
+            elif 10 * done // max(total, 1) > tenth:
+                tenth = 10 * done // max(total, 1)
+                print(f"{title}: {done:,} of {total:,} {shown}".rstrip(), file=sys.stderr, flush=True)
+
+        yield advance
 
 
 def fail(message: str, code: int = 2) -> None:

@@ -142,6 +142,20 @@ def test_a_bug_keeps_its_traceback(script):
     assert "Traceback" in result.stderr and "a bug" in result.stderr
 
 
+def test_progress_off_a_terminal_is_a_line_for_every_tenth(capsys):
+    with cli.progress("reading 40 texts", 40) as advance:
+        assert capsys.readouterr().err == "reading 40 texts ...\n"
+        said = []
+        for done in range(41):
+            advance(done, {"loss": 1 / (1 + done)} if done % 2 else {})
+            said.append(capsys.readouterr().err)
+    assert [done for done, line in enumerate(said) if line] == list(range(4, 41, 4))
+    assert said[8] == "reading 40 texts: 8 of 40 loss 0.1250\n"  # the last that there was
+    assert not capsys.readouterr().err
+    with cli.progress("nothing", 0) as advance:
+        advance(0)
+
+
 def test_help(script):
     result = run(script, "--help")
     assert "--count" in result.stdout + result.stderr

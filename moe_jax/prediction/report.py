@@ -1,32 +1,16 @@
-"""What a person sees of a training run: a progress bar, and tables of recall."""
+"""What a person sees of a training run: tables of recall."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moe_jax.prediction.interface import Spec
 from moe_jax.prediction.metrics import Scores
-
-
-@contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """A bar on standard error; gives a function of (steps done, values to show, kept until replaced)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[shown]}"), console=Console(stderr=True)) as bar:
-        task, seen = bar.add_task(title, total=total, shown=""), {}
-
-        def advance(done: int, values: Mapping[str, float]) -> None:
-            seen.update(values)
-            bar.update(task, completed=done, shown=" ".join(f"{name} {value:.4f}" for name, value in seen.items()))
-
-        yield advance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,6 +99,8 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(place):
     assert 0 < later_use["network"] < later_use["averages"]
     assert f"later use of an expert: {later_use['network']:.4f} nats" in whole.stdout
     assert "log: " in whole.stderr and " GB free in " in whole.stderr
+    steps = "loading the model", "cutting train text", "40 of 40", "least squares", "choosing", "calibrating", "7 of 7"
+    assert all(step in whole.stderr for step in steps)  # nothing that takes minutes goes unsaid
     again = run(place, "scored", f"--score={place}/whole/predictor", f"--output_json={place}/again.json")
     assert again.returncode == 0, again.stderr
     assert json.loads((place / "again.json").read_text())["scores"] == scores["scores"]

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from absl import flags
+from ml_collections import config_flags
 
 from moe_jax import cli, outputs
 from moe_jax.analysis import pareto
@@ -42,6 +43,12 @@ PROMPT_TOKENS = 48
 
 
 def main() -> None:
+    for field, flag in (("execution", CHOSEN), ("prefetch.predictor", PREDICTORS)):
+        if field in config_flags.get_override_values(flags.FLAGS[CONFIG.name]):
+            raise UserError(f"--config.{field} is what is compared here: name what to run with --{flag.name}")
+    unused = [flag.name for flag in (CHOSEN, PROMPTS, NEW_TOKENS, OUTPUT_JSON, PLOT) if flag.present]
+    if MEASURE_RECALL.value and unused:
+        raise UserError(f"--measure_recall compares no modes, and stores with the predictor; leave out --{unused[0]}")
     if OUTPUT_JSON.value:
         outputs.check("output_json", OUTPUT_JSON.value)
     for suffix in pareto.SUFFIXES if PLOT.value else ():
@@ -199,6 +206,7 @@ def measure_recall(model, windows: dict, steps: int) -> None:
     directory = model.predictor_directory()
     if not directory or not Path(directory).is_dir():
         raise UserError("recall is stored with a trained predictor; name its folder with --config.prefetch.checkpoint")
+    outputs.check_folder(f"--config.prefetch.checkpoint={directory}", Path(directory))
     part, recall = np.concatenate(list(windows.values())), {}
     names = [name for name in PREDICTORS.value if name != "none"]
     for name in names:  # one that cannot be loaded is better known before minutes of measurement than after

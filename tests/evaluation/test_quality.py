@@ -140,11 +140,24 @@ def test_mistakes_are_said_before_anything_is_loaded(tmp_path):
         f"--output_json={tmp_path}": "is a folder; name a file in it",
         f"--plot={tmp_path}/no/plot": "its folder does not exist",
         f"--plot={tmp_path}/plot": "plot.svg is a folder",
+        "--config.execution=hybrid": "--config.execution is what is compared here: name what to run with --modes",
+        "--config.prefetch.predictor=router": "name what to run with --predictors",
+        f"--measure_recall --output_json={tmp_path}/x": "stores with the predictor; leave out --output_json",
+        "--measure_recall --modes=hybrid": "leave out --modes",
     }
     for flag, message in mistakes.items():
-        done = subprocess.run([*command, flag], capture_output=True, text=True, timeout=100, cwd=ROOT)
+        done = subprocess.run([*command, *flag.split()], capture_output=True, text=True, timeout=100, cwd=ROOT)
         (line,) = done.stderr.splitlines()
         assert done.returncode == 2 and message in line
+
+
+def test_recall_is_not_measured_where_it_cannot_be_stored(directory):
+    """/proc is a folder in which nobody can make a file."""
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--measure_recall", "--predictors=router"]
+    command += [f"--config.checkpoint={directory}", "--config.prefetch.checkpoint=/proc"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 2 and "recall of router" not in done.stderr
+    assert "--config.prefetch.checkpoint=/proc cannot be written" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ T is what LRU on demand loads, read by an independent reader; C is the same comp
 """
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from moe_jax import cli, outputs
 from moe_jax.errors import UserError
 
 CONFIG = cli.config_flag("configs/mixtral.py", "Model, offload and prefetch configuration.")
-MODES = flags.DEFINE_list("modes", "resident,lru,repeat,router,learned", "What to compare.")
+MODES = flags.DEFINE_list("modes", "resident,lru,repeat,router,learned", "What to compare. Default: what can run.")
 BUDGETS = flags.DEFINE_list("budgets", None, "Device budgets, each as --config.offload.device_budget or `min`.")
 BATCHES = flags.DEFINE_list("batches", "1", "Numbers of prompts that decode together.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; repeatable. Default: text held out of the shipped model.")
@@ -60,7 +61,14 @@ def main() -> None:
 
         plot.require()
     config = Config.from_dict(CONFIG.value.to_dict())
+    if config.execution != "exact":
+        raise UserError(
+            f"config.execution={config.execution!r}: benchmark.py compares ways of exact execution; leave it out, or"
+            f" give python evaluate.py --modes={config.execution}"
+        )
     if PEERS.value:
+        if unused := [flag.name for flag in (PLOT, BATCHES, REPEATS) if flag.present]:
+            raise UserError(f"--peers races with one prompt, --peers_rounds times; leave out --{unused[0]}")
         if TEMPERATURE.value:
             raise UserError("--peers compares the tokens of greedy texts; leave --temperature at 0")
         from moe_jax.evaluation.peers.race import require
@@ -68,10 +76,12 @@ def main() -> None:
         require()
         if INFLATE.value is None:
             raise UserError("--peers races on an inflated model, of which every format is made: give --inflate=WIDTH")
+    names = available(config)
+    modes = [] if PEERS.value else parse(config, names)  # before a copy is written
     if INFLATE.value is not None:
         config = inflate(config, INFLATE.value)
     if PEERS.value:
-        document = {"command": " ".join(["python", *sys.argv]), **race(config)}
+        document = {"command": " ".join(["python", *sys.argv]), **race(config, names)}
         if OUTPUT_JSON.value:
             outputs.write_json(OUTPUT_JSON.value, document)
         return
@@ -80,7 +90,7 @@ def main() -> None:
         "config": dataclasses.asdict(config),
         "temperature": TEMPERATURE.value,
         "simulated_link_gbps": config.offload.link_gbps or None,
-        "runs": measure(config, batches, lengths),
+        "runs": measure(config, modes, batches, lengths),
     }
     if OUTPUT_JSON.value:
         outputs.write_json(OUTPUT_JSON.value, document)
@@ -89,28 +99,51 @@ def main() -> None:
             print(f"wrote {file}")
 
 
-def measure(config, batches, lengths) -> list[dict]:
-    """Every table, printed as soon as it is there."""
+def available(config) -> list[str]:
+    """Names of the modes: those that the user has chosen; otherwise those that there are."""
+    from moe_jax.prediction.predictors import TRAINED
+
+    absent = [name for name in MODES.value if re.split("[+@]", name)[0] in TRAINED]
+    if config.prefetch.checkpoint or not config.checkpoint or not absent:
+        return MODES.value
+    how = "train_predictor.py and --config.prefetch.checkpoint"
+    if MODES.present:
+        raise UserError(f"--modes: {absent[0]} needs a predictor trained for this model: {how}; or leave it out")
+    names = [name for name in MODES.value if name not in absent]
+    say(f"modes: {', '.join(names)}; for {', '.join(absent)} {how}")
+    return names
+
+
+def parse(config, names: list[str]) -> list:
+    """The modes of these names."""
+    from moe_jax.checkpoint.converted import open_checkpoint
     from moe_jax.config import choices
-    from moe_jax.evaluation import modes as ways
-    from moe_jax.evaluation import speed
+    from moe_jax.evaluation import modes
+    from moe_jax.inference.session import shipped
+
+    return modes.parse(
+        names,
+        choices("prefetch.predictor"),
+        choices("offload.policy"),
+        choices("offload.upcast"),
+        open_checkpoint(config.checkpoint or shipped("model")).architecture.top_k,
+        bool(config.prefetch.checkpoint or not config.checkpoint),
+    )
+
+
+def measure(config, modes: list, batches, lengths) -> list[dict]:
+    """Every table, printed as soon as it is there."""
+    from moe_jax.evaluation import plan, speed
     from moe_jax.evaluation.lab import Lab
     from moe_jax.evaluation.texts import prompt_ids
     from moe_jax.inference.sampling import Sampling
 
-    trained = bool(config.prefetch.checkpoint or not config.checkpoint)
-    resident = ways.RESIDENT in MODES.value
+    config, modes, budgets = plan.settle(config, modes, bool(MODES.present), BUDGETS.value or [], say)
     with cli.status("loading the model"):
+        resident = any(mode.resident for mode in modes)
         lab = Lab(config, resident, MAX_NEW_TOKENS.value, Sampling(TEMPERATURE.value))
-    modes = ways.parse(
-        MODES.value,
-        choices("prefetch.predictor"),
-        choices("offload.policy"),
-        choices("offload.upcast"),
-        lab.architecture.top_k,
-        trained,
-    )
-    budgets = {text: lab.budget(text) for text in BUDGETS.value or [config.offload.device_budget]}
+    for name in {mode.predictor for mode in modes}:  # one that cannot be loaded is better known now
+        lab.model.predictor(name, lab.model.engine.dense)
     runs = []
     for batch in batches:
         for length in lengths:
@@ -127,6 +160,11 @@ def measure(config, batches, lengths) -> list[dict]:
                 runs.append(run)
     lab.close()
     return runs
+
+
+def say(what: str) -> None:
+    """A line on stderr."""
+    print(what, file=sys.stderr, flush=True)
 
 
 def numbers(flag) -> list[int]:
@@ -153,7 +191,7 @@ def inflate(config, width: int):
     return dataclasses.replace(config, checkpoint=str(bank), prefetch=prefetch)
 
 
-def race(config) -> dict:
+def race(config, names: list[str]) -> dict:
     """The race against other engines: prints its table, and returns everything."""
     from moe_jax.evaluation.inflate import cache_folder
     from moe_jax.evaluation.peers import race as races
@@ -174,10 +212,10 @@ def race(config) -> dict:
         entered = races.contenders(
             races.Entry(released, bank, folder, prompt, tokenizer.encode(prompt), MAX_NEW_TOKENS.value),
             BUDGETS.value or [config.offload.device_budget],
-            ["none", *(name for name in MODES.value if name not in ("resident", "lru"))],
+            ["none", *(name for name in names if name not in ("resident", "lru"))],
             config.prefetch.checkpoint,
         )
-    results = races.race(*entered, cap, PEERS_ROUNDS.value, lambda what: print(what, file=sys.stderr, flush=True))
+    results = races.race(*entered, cap, PEERS_ROUNDS.value, say)
     document = report.document(results, cap, size)
     print(report.text(document))
     return document

@@ -92,7 +92,6 @@ def test_tables_json_and_plot(checkpoint, tmp_path):
     "flags, parts",
     [
         (["--modes=lru,lurned"], ["unknown mode 'lurned'", "did you mean learned?"]),
-        (["--budgets=0.1%"], ["too small", "smallest"]),
         (["--batches=1,x"], ["--batches=1,x", "positive"]),
         (["--prompt=ab", "--prompt_lengths=30"], ["no prompt has 30 tokens"]),
         (["--config.offload.tier=none"], ["--config.offload.tier=host"]),
@@ -106,6 +105,40 @@ def test_mistakes(checkpoint, flags, parts):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("benchmark.py: error:") and all(part in last for part in parts), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--budgets=0.1%", "--budgets=0.1% is too small: the smallest is --budgets=min, 2 experts"),
+        ("--budgets=auto", "--budgets=auto differs from run to run"),
+        ("--config.offload.host_budget=auto", "host_budget=auto differs from run to run"),
+        ("--config.offload.device_budget=1B", "--config.offload.device_budget=1B is too small"),
+        ("--modes=lru,learned+lfu", "--modes: learned+lfu needs a predictor trained for this model"),
+        ("--modes=lru,lru@arrival --budgets=min", "--modes: lru@arrival needs a budget of 18432B"),
+        ("--modes=no_cache --config.offload.budget_scope=layer --budgets=min", "--modes: no_cache has a budget of 2"),
+        ("--config.execution=speculative --config.prefetch.predictor=router", "python evaluate.py --modes=speculative"),
+        ("--config.execution=cache_aware", "python evaluate.py --modes=cache_aware"),
+        ("--peers --plot=plot", "leave out --plot"),
+        ("--peers --batches=2", "leave out --batches"),
+        ("--inflate=48 --modes=lru,lurned", "unknown mode 'lurned'"),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_is_read(checkpoint, flags, message):
+    done = benchmark(f"--config.checkpoint={checkpoint}", "--modes=lru", *flags.split())
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("benchmark.py: error: ") and message in line
+
+
+def test_the_defaults_finish_on_a_model_without_a_predictor(checkpoint, tmp_path):
+    short = ("--max_new_tokens=3", "--repeats=2", f"--output_json={tmp_path}/out.json")
+    done = benchmark(f"--config.checkpoint={checkpoint}", "--config.offload.device_budget=auto", *short)
+    assert done.returncode == 0, done.stderr
+    left_out, budget = done.stderr.splitlines()[:2]
+    assert left_out.startswith("modes: resident, lru, repeat, router; for learned train_predictor.py")
+    assert budget == "budgets: 25%, as auto differs from run to run; for others --budgets"
+    (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert (run["budget"], [row["name"] for row in run["modes"]]) == ("25%", ["resident", "lru", "repeat", "router"])
 
 
 def test_modes_by_name():

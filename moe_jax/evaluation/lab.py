@@ -33,7 +33,7 @@ from moe_jax.model.decoder import committed
 from moe_jax.model.experts import ExpertWeights, Key, widened
 from moe_jax.offload.bank import HostBank
 from moe_jax.offload.open import open_source
-from moe_jax.offload.source import OffloadedExperts, check_budget, parse_budget
+from moe_jax.offload.source import OffloadedExperts
 from moe_jax.prediction import predictors
 from moe_jax.prediction.interface import Spec
 from moe_jax.prediction.oracle import Oracle, recorded
@@ -89,20 +89,6 @@ class Lab:
     def architecture(self):
         """Of the model."""
         return self.model.checkpoint.architecture
-
-    def budget(self, text: str) -> int:
-        """Bytes of a budget: as `config.offload.device_budget`, or "min", K experts.
-
-        Raises:
-          UserError: it is malformed or below K experts.
-        """
-        a = self.architecture
-        if text == "min":
-            return a.top_k * self.expert_bytes
-        total = a.num_moe_layers * a.num_experts * self.expert_bytes
-        budget = parse_budget(text, total, flag="--budgets")
-        check_budget(budget, a, self.expert_bytes)
-        return budget
 
     def bytes_of(self, mode: Mode) -> int:
         """Of one expert in the mode's budget."""

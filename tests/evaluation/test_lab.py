@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from moe_jax.config import Config
+from moe_jax.evaluation import plan
 from moe_jax.evaluation.lab import Lab
 from moe_jax.evaluation.modes import Mode
 from moe_jax.inference.sampling import Sampling
@@ -26,7 +27,9 @@ def test_texts_are_drawn_as_asked_and_the_same_in_every_mode():
     for temperature in (0.0, 1.0):
         lab = Lab(Config(), False, 12, Sampling(temperature))
         request = lab.rehearse([lab.model.tokenizer.encode("def read(file):")])
-        lab.run(Mode("lru"), request, lab.budget("25%"))  # raises where it generates anything else
+        lab.run(
+            Mode("lru"), request, plan.budget("25%", lab.config, lab.model.checkpoint)
+        )  # raises where it generates anything else
         texts.append(request.token_ids)
         lab.close()
     assert texts[0] != texts[1]

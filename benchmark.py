@@ -148,14 +148,19 @@ def measure(config, modes: list, batches, lengths) -> list[dict]:
     for batch in batches:
         for length in lengths:
             sets = prompt_ids(lab.model.tokenizer, PROMPT.value, batch, length, REPEATS.value)
-            with cli.status(f"rehearsing {len(sets)} requests of {batch} prompts"):
-                requests = [lab.rehearse(prompts) for prompts in sets]
+            requests = []
+            with cli.progress(f"rehearsing {len(sets)} requests of {batch} prompts", len(sets)) as advance:
+                for prompts in sets:
+                    requests.append(lab.rehearse(prompts))
+                    advance(len(requests))
             for i, (text, budget) in enumerate(budgets.items()):
                 here = [mode for mode in modes if mode.experts is None or not i]  # a budget of their own: once
-                with cli.status("warming up"):
-                    speed.compare(lab, here, requests[:1], budget, 1)
-                with cli.status(f"{REPEATS.value} turns of {', '.join(mode.name for mode in here)} at {text}"):
-                    run = {"budget": text, **speed.compare(lab, here, requests, budget, REPEATS.value)}
+                turns, runs_each = REPEATS.value, len(here) + 1  # the bounds are measured too
+                with cli.progress("warming up", runs_each) as advance:
+                    speed.compare(lab, here, requests[:1], budget, 1, advance)
+                title = f"{turns} turns of {', '.join(mode.name for mode in here)} at {text}"
+                with cli.progress(title, turns * runs_each) as advance:
+                    run = {"budget": text, **speed.compare(lab, here, requests, budget, turns, advance)}
                 show(run, config.offload.link_gbps)
                 runs.append(run)
     lab.close()
@@ -184,8 +189,8 @@ def inflate(config, width: int):
     from moe_jax.inference.session import shipped
 
     source, folder = config.checkpoint or shipped("model"), INFLATE_FOLDER.value or cache_folder()
-    with cli.status(f"inflating {source} into {folder}"), outputs.room(folder):
-        _, bank = inflated(source, width, folder)
+    with cli.progress(f"inflating {source} into {folder}, %", 100) as advance, outputs.room(folder):
+        _, bank = inflated(source, width, folder, lambda done, total: advance(100 * done // total))
     predictor = config.prefetch.checkpoint or ("" if config.checkpoint else str(shipped("predictor")))
     prefetch = dataclasses.replace(config.prefetch, checkpoint=predictor)
     return dataclasses.replace(config, checkpoint=str(bank), prefetch=prefetch)

@@ -53,6 +53,9 @@ def test_tables_json_and_plot(checkpoint, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("*simulated* link of 0.05 GB/s") == 2
+    named = "resident, lru, repeat, no_cache, paper, oracle, lru@arrival"
+    said = "rehearsing 2 requests of 2 prompts: 2 of 2", "warming up: 8 of 8", f"2 turns of {named} at 25%: 16 of 16"
+    assert all(line in done.stderr.splitlines() for line in said), done.stderr
     document = json.loads(out.read_text())
     assert document["simulated_link_gbps"] == 0.05
     runs = document["runs"]

@@ -46,6 +46,7 @@ def inflated(
     Args:
       source: a Hugging Face directory (or a converted one) with plain float SwiGLU experts.
       width: expert hidden width F of the copy, more than the source's by an even number.
+      progress: told how many bytes of both are done, and their sum.
 
     Returns:
       The copy as a Hugging Face directory, and converted (the same bits, as aligned bank files).
@@ -57,8 +58,8 @@ def inflated(
     name = f"{fingerprint(checkpoint.directory)[:16]}-{width}"
     released, bank = Path(folder) / f"{name}-hf", Path(folder) / f"{name}-bank"
     if not (released / "config.json").is_file():
-        _Inflation(checkpoint, width).write(released, progress)
-    convert(HFCheckpoint(released), bank, progress=progress)
+        _Inflation(checkpoint, width).write(released, lambda done, total: progress(done, 2 * total))
+    convert(HFCheckpoint(released), bank, progress=lambda done, total: progress(total + done, 2 * total))
     return released, bank
 
 

@@ -42,12 +42,13 @@ def compare(
     requests: Sequence[Request],
     budget_bytes: int,
     turns: int,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Runs every mode once a turn, in an order that rotates; turn t takes request t modulo their number.
 
     Args:
       requests: of one batch size and prompt length, see `Lab.rehearse`.
+      progress: told how many runs are done; the bounds of a turn are one, too.
 
     Returns:
       What `table` documents.
@@ -61,12 +62,12 @@ def compare(
         limits: list[Limits] = []
         for turn in range(turns):
             request = requests[turn % len(requests)]
-            for mode in paired.rotated([*modes, None], turn):
-                progress(f"turn {turn + 1} of {turns}: {mode.name if mode else 'bounds'}")
+            for done, mode in enumerate(paired.rotated([*modes, None], turn), turn * (len(modes) + 1) + 1):
                 if mode is None:
                     limits.append(_limits(lab, request, move, misses[turn % len(requests)], depth))
                 else:
                     measured[mode].append(lab.run(mode, request, _budget(lab, mode, budget_bytes)))
+                progress(done)
     finally:
         finish()
     return table(lab, requests, budget_bytes, measured, limits, depth)

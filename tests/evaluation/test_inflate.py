@@ -23,7 +23,11 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def copies(source, tmp_path_factory):
-    return inflated(source, WIDTH, tmp_path_factory.mktemp("inflated"))
+    told = []
+    paths = inflated(source, WIDTH, tmp_path_factory.mktemp("inflated"), lambda *progress: told.append(progress))
+    shares = [done / total for done, total in told]
+    assert shares == sorted(shares) and shares[-1] == 1 and 0 < shares[0] < 0.5 < shares[-2] < 1  # of both copies
+    return paths
 
 
 def logits_after(checkpoint, tokens, steps=12):

@@ -108,7 +108,7 @@ def shortage(config: Config, checkpoint: HFCheckpoint | Converted, budget_bytes:
         there = stats["bytes_limit"] - stats["bytes_in_use"]
     else:  # the device is the host, and holds the bank too
         needed, there = needed + bank, host_memory.available()
-    return f"it takes {needed / 1e9:.1f} GB, of which {there / 1e9:.1f} GB are free" if needed > there else ""
+    return f"it takes {needed / 1e9:.3g} GB, of which {there / 1e9:.3g} GB are free" if needed > there else ""
 
 
 def _fewest(config: Config, checkpoint: HFCheckpoint | Converted) -> int:

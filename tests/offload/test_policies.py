@@ -141,8 +141,8 @@ def test_belady_replays_the_run_of_its_trace_and_no_other(tmp_path):
 @pytest.mark.parametrize(("experts", "top_k"), [(3, 2), (4, 3)])
 def test_a_trace_of_other_experts_is_of_another_model(experts, top_k):
     trace = Trace()
-    trace.step(0, [3, 1], ["missed"] * 2)
-    trace.step(1, [0, 1, 2], ["missed"] * 3)
+    trace.step(0, [3, 1], ["missed", "missed"])
+    trace.step(1, [0, 1, 2], ["missed", "missed", "missed"])
     Belady.of(trace.steps(), 2, 4, 2)
     with pytest.raises(UserError, match="another model"):
         Belady.of(trace.steps(), 2, experts, top_k)

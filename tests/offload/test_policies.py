@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,6 +18,7 @@ from moe_jax.offload.policies import LFU, LRU, Belady, LeastStale, Predicted
 from moe_jax.trace import Trace
 from tests.tiny import SIZES, TINY, write_tiny
 
+ROOT = Path(__file__).parents[2]
 A, B, C, D = (0, 0), (0, 1), (1, 0), (1, 1)
 KEYS = [A, B, C, D]
 
@@ -118,24 +122,21 @@ def test_belady_replays_the_run_of_its_trace_and_no_other(tmp_path):
     write_tiny(tmp_path / "fewer_layers", mixtral.architecture(**SIZES | {"num_layers": 4}))
 
     def run(prompt, tokens, checkpoint="model", **offload):
-        prefetch = {"predictor": "none"}
-        model = moe_jax.load(str(tmp_path / checkpoint), offload=offload, prefetch=prefetch)
-        model.engine.source.trace = trace = Trace()  # pyright: ignore[reportAttributeAccessIssue]
+        offload = {"policy": "belady", "trace": str(tmp_path / "trace.jsonl"), **offload}
+        model = moe_jax.load(str(tmp_path / checkpoint), offload=offload, prefetch={"predictor": "none"})
         try:
-            return "".join(model.generate(prompt, tokens)), trace
+            return "".join(model.generate(prompt, tokens))
         finally:
             model.close()
 
-    text, trace = run("abc", 8, policy="lru")
-    trace.save(tmp_path / "trace.jsonl")
-    recorded = {"policy": "belady", "trace": str(tmp_path / "trace.jsonl")}
-    again, fewer = run("abc", 8, **recorded)
-    assert again == text and fewer.summary()["loads"] < trace.summary()["loads"]
-    assert run("abc", 9, device_budget="50%", **recorded)[0].startswith(text)  # what follows the record is no departure
+    recorded = f"--config.checkpoint={tmp_path}/model --prompt=abc --max_new_tokens=8 --trace={tmp_path}/trace.jsonl"
+    subprocess.run([sys.executable, "infer.py", *recorded.split()], cwd=ROOT, check=True, capture_output=True)
+    text = run("abc", 8)
+    assert run("abc", 9, device_budget="50%").startswith(text)  # what follows the record is no departure
     with pytest.raises(UserError, match=r"not that of --config.offload.trace .* --trace=FILE"):
-        run("abd", 8, **recorded)
+        run("abd", 8)
     with pytest.raises(UserError, match=r"another model than one of 4 layers, 7 experts and 2 active"):
-        run("abc", 8, "fewer_layers", **recorded)
+        run("abc", 8, "fewer_layers")
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(3, 2), (4, 3)])

@@ -272,7 +272,9 @@ def show(run: dict, link_gbps: float) -> None:
         f" T {ms(b['transfer_s'])} ({rate} at depth {b['reader_depth']}), max(C, T) {ms(b['bound_overlap_s'])},"
         f" C + T {ms(b['bound_serial_s'])}; both at once {ms(b['machine_s'])}, which is an overlap of"
         f" {number(b['machine_overlap_share'])}. Loads per token: LRU {b['lru_loads_per_token']:.2f},"
-        f" Belady's optimum {b['belady_loads_per_token']:.2f}\n"
+        f" Belady's optimum {b['belady_loads_per_token']:.2f};"
+        f" knowing all experts of the next {', '.join(b['loads_per_token_seeing'])} tokens"
+        f" {', '.join(f'{loads:.2f}' for loads in b['loads_per_token_seeing'].values())}\n"
     )
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 BOUNDS = {
     *("compute_s", "transfer_s", "bound_overlap_s", "bound_serial_s", "machine_s", "machine_overlap_share"),
     *("reader_depth", "reader_bytes_per_s", "lru_loads_per_token", "belady_loads_per_token", "every_expert_resident"),
+    "loads_per_token_seeing",
 }
 ROW = {
     *("name", "predictor", "policy", "horizon", "experts", "upcast", "tpot_s", "tpot_by_turn_s", "ttft_s", "recall"),
@@ -65,6 +66,7 @@ def test_tables_json_and_plot(checkpoint, tmp_path):
         bounds = run["bounds"]
         assert bounds.keys() == BOUNDS
         assert 0 < bounds["belady_loads_per_token"] <= bounds["lru_loads_per_token"]
+        assert bounds["loads_per_token_seeing"]["16"] == bounds["belady_loads_per_token"]  # more than there are
         assert bounds["bound_serial_s"] == pytest.approx(bounds["compute_s"] + bounds["transfer_s"])
         assert bounds["machine_s"] > 0
         assert bounds["reader_bytes_per_s"] < 0.05e9

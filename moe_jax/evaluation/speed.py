@@ -19,6 +19,8 @@ from moe_jax.inference import bounds, metrics
 from moe_jax.model.experts import Key
 
 WARM_UP_TOKENS = 8
+SEEING = (1, 2, 4, 8, 16)
+"""Tokens ahead, of which a report tells what it would help to know them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,8 @@ def table(
 
     `bounds`: C, T and what follows from them (design.md, "Numbers, defined once"); `machine_s` is both at once, and
     `machine_overlap_share` the share of the overlap that this is; `reader_*` describe the independent reader;
-    `*_loads_per_token` what LRU on demand must load, and Belady's optimum.
+    `*_loads_per_token` what LRU on demand must load, and Belady's optimum; `loads_per_token_seeing` is what must be
+    loaded if the experts of only so many tokens ahead are known, but those exactly.
 
     `modes`: one row each. `ratio_to_lru` is of means, paired by turn; `overlap_of_machine` is the mode's overlap over
     that of the machine; `loads_to_belady` counts every load, speculative and wasted ones too; `wasted_of_idle` is the
@@ -126,6 +129,10 @@ def table(
         "reader_bytes_per_s": rate,
         "lru_loads_per_token": sum(lru) / sum(steps),
         "belady_loads_per_token": sum(bounds.belady_loads(r.record, layers, capacity) for r in used) / sum(steps),
+        "loads_per_token_seeing": {
+            str(tokens): sum(bounds.belady_loads(r.record, layers, capacity, tokens) for r in used) / sum(steps)
+            for tokens in SEEING
+        },
         "every_expert_resident": lab.resident,  # while C was measured; otherwise the budget's experts stood for all
     }
     baseline = next((runs for mode, runs in measured.items() if mode.name == BASELINE), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -87,8 +88,8 @@ def lru_misses(record: Record, num_layers: int, experts_in_budget: int) -> list[
     """What a cache of this size under LRU, without prefetching, loads during the decode steps of `record`, in order."""
     resident: OrderedDict[Key, None] = OrderedDict()
     misses: list[Key] = []
-    for key, decoding in uses_in_order(record, num_layers):
-        if key not in resident and decoding:
+    for key, step in uses_in_order(record, num_layers):
+        if key not in resident and step >= 0:
             misses.append(key)
         resident[key] = None
         resident.move_to_end(key)
@@ -97,11 +98,14 @@ def lru_misses(record: Record, num_layers: int, experts_in_budget: int) -> list[
     return misses
 
 
-def belady_loads(record: Record, num_layers: int, experts_in_budget: int) -> int:
+def belady_loads(record: Record, num_layers: int, experts_in_budget: int, sees: int | None = None) -> int:
     """The fewest loads, of any kind, with which the decode steps of `record` can run in a cache of this size.
 
     Belady's MIN (IBM Systems Journal 5(2), 1966): what is needed last leaves, which may be what has just been used. The
     experts of a layer count one after another, so that no schedule whatever, prefetching or not, has fewer.
+
+    `sees`: only what the layers of so many tokens need, from the one that runs, is known, exactly; the rest leaves
+    first, the least recently used of it before others. None: everything is known; 0: this is LRU.
     """
     uses = uses_in_order(record, num_layers)
     later: dict[Key, int] = {}
@@ -110,29 +114,33 @@ def belady_loads(record: Record, num_layers: int, experts_in_budget: int) -> int
         key, _ = uses[at]
         next_use[at] = later.get(key, len(uses) + at)
         later[key] = at
-    resident: dict[Key, int] = {}
-    loads = 0
-    for at, (key, decoding) in enumerate(uses):
-        loads += key not in resident and decoding
+    resident: OrderedDict[Key, int] = OrderedDict()  # the least recently used first
+    loads = ahead = 0
+    reach = len(uses) if sees is None else sees * num_layers
+    where = [(layer, step) for (layer, _), step in uses]
+    layers = [*itertools.accumulate((a != b for a, b in itertools.pairwise(where)), initial=0)]  # that have run before
+    for at, (key, step) in enumerate(uses):
+        loads += key not in resident and step >= 0
         resident[key] = next_use[at]
+        resident.move_to_end(key)
+        while ahead < len(uses) and layers[ahead] - layers[at] < reach:
+            ahead += 1  # the first use that is not known
         if len(resident) > experts_in_budget:
-            del resident[max(resident, key=resident.__getitem__)]
+            unknown = None if sees is None else next((key for key, use in resident.items() if use >= ahead), None)
+            del resident[unknown or max(resident, key=resident.__getitem__)]
     return loads
 
 
-def uses_in_order(record: Record, num_layers: int) -> list[tuple[Key, bool]]:
-    """Every use of an expert in order, and whether it is a decode step's; an incomplete step is left out."""
+def uses_in_order(record: Record, num_layers: int) -> list[tuple[Key, int]]:
+    """Every use of an expert in order, and its decode step, -1 in a prefill; an incomplete step is left out."""
     ends = [*(batch.first for batch in record.batches[1:]), len(record.active)]
-    parts = []
-    for i, ((first, _), end) in enumerate(zip(record.batches, ends, strict=True)):
-        parts.append((record.prefill_needed[i * num_layers : (i + 1) * num_layers], False))
-        parts.append((record.needed[first * num_layers : end * num_layers], True))
-    return [
-        ((i % num_layers, expert), decoding)
-        for part, decoding in parts
-        for i, needed in enumerate(part)
-        for expert in needed
-    ]
+    uses: list[tuple[Key, int]] = []
+    for batch, ((first, _), end) in enumerate(zip(record.batches, ends, strict=True)):
+        for layer, needed in enumerate(record.prefill_needed[batch * num_layers : (batch + 1) * num_layers]):
+            uses += [((layer, expert), -1) for expert in needed]
+        for i in range(first * num_layers, end * num_layers):
+            uses += [((i % num_layers, expert), i // num_layers) for expert in record.needed[i]]
+    return uses
 
 
 def predictor_seconds(engine: Engine, state_batch: int, repeats: int = 20) -> float | None:

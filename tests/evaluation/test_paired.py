@@ -71,7 +71,16 @@ def test_belady_against_brute_force(seed):
     uses = [(i % layers, e) for i, step in enumerate(itertools.chain(prefill, needed)) for e in step]
     found = bounds.belady_loads(record, layers, capacity)
     assert found == fewest_loads(uses, capacity, 2 * layers)
-    assert found <= len(bounds.lru_misses(record, layers, capacity))
+    seeing = [bounds.belady_loads(record, layers, capacity, tokens) for tokens in range(7)]
+    assert seeing[0] == len(bounds.lru_misses(record, layers, capacity)) >= found
+    assert min(seeing) >= found == seeing[6]  # it sees all
+
+
+@pytest.mark.parametrize(("sees", "loads"), [(0, 3), (1, 3), (2, 2), (3, 2)])
+def test_who_sees_less_far_loads_more(sees, loads):
+    # One layer, two of 0 to 2 are held: 2 comes in at the second step. 0, which LRU gives up, is needed two later.
+    record = record_of([[0, 1]], [[1], [2], [2], [0], [1]], 1)
+    assert bounds.belady_loads(record, 1, 2, sees) == loads
 
 
 def test_lru_misses_by_hand():

@@ -51,11 +51,11 @@ def test_a_last_batch_that_is_smaller_than_the_first(model):
 def test_each_batch_comes_after_its_own_prompts():
     record = Record([Batch(0, 64), Batch(2, 64)], [[0, 1], [3]], Lists([[0], [2], [1]]))
     record.active = Rows([np.ones(1, bool)] * 3)
-    uses = [(0, False), (1, False), (0, True), (2, True), (3, False), (1, True)]
-    assert bounds.uses_in_order(record, 1) == [((0, expert), decoding) for expert, decoding in uses]
+    uses = [(0, -1), (1, -1), (0, 0), (2, 1), (3, -1), (1, 2)]
+    assert bounds.uses_in_order(record, 1) == [((0, expert), step) for expert, step in uses]
     record.prefill_needed.append([2])  # a prompt that was interrupted
     record.batches.append(Batch(3, 64))
-    assert bounds.uses_in_order(record, 1)[-1] == ((0, 2), False)
+    assert bounds.uses_in_order(record, 1)[-1] == ((0, 2), -1)
 
 
 def test_a_generation_counts_what_it_did_itself(model):

@@ -130,20 +130,25 @@ def describe(model, chosen: bool) -> None:
 
 def stream(generation) -> BaseException | None:
     """Prints text as it comes; several prompts are printed whole, one after another. Returns what ended it early."""
-    live = len(generation.outputs) == 1
-    ended = None
-    if live:
-        print(f"\n{generation.outputs[0].prompt}", end="", flush=True)
+    written, pieces, ended = generation.outputs, iter(generation), None
+    live = len(written) == 1
     try:
-        for _, piece in generation:
-            if live:
+        if live:
+            with cli.status(f"reading the prompt, {len(written[0].prompt_token_ids)} tokens"):
+                _, piece = next(pieces, (0, ""))
+            print(f"\n{written[0].prompt}{piece}", end="", flush=True)
+            for _, piece in pieces:
                 print(piece, end="", flush=True)
+        else:
+            with cli.progress(f"{len(written)} prompts, new tokens", len(written) * MAX_NEW_TOKENS.value) as advance:
+                for _ in pieces:
+                    advance(sum(len(output.token_ids) for output in written))
     except (KeyboardInterrupt, LoadError) as error:
         ended = error
     if live:
         print("\n")
     else:
-        for index, output in enumerate(generation.outputs):
+        for index, output in enumerate(written):
             print(f"\n--- prompt {index + 1}\n{output.prompt}{output.text}")
         print()
     if ended is not None:
@@ -179,7 +184,7 @@ def print_table(metrics: dict, simulated: bool) -> None:
         (f"bytes per token: {' / '.join(moved)}", " / ".join(map(mb, moved.values()))),
         ("waited for experts, per token", ms(metrics["stall_s_per_token"]) + mark),
         ("predictor alone, per token", ms(metrics["predictor_s_per_token"])),
-        ("bound with perfect overlap, max(C, T)", ms(metrics["bound_overlap_s"]) + mark),
+        ("bound with perfect overlap, max(C, T); C with the budget's experts", ms(metrics["bound_overlap_s"]) + mark),
         ("bound with none, C + T (LRU on demand)", ms(metrics["bound_serial_s"]) + mark),
         ("overlap share", number(metrics["overlap_share"], 2)),
         (

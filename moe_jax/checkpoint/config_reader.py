@@ -77,11 +77,18 @@ class ConfigReader:
         return _number(value, name)
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
-        value = self.get(name, default)
+        """True or false. Null is neither where absence means true: it would be false elsewhere."""
+        value = self.get(name, None if default and name in self._config else default)
         if not isinstance(value, bool):
             raise UserError(f"config.json has {name}={value!r}; it must be true or false")
         return value
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """An object; absent or null: an empty one."""
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise UserError(f"config.json has {name}={value!r}; it must be an object")
+        return dict(value)
 
     def require(self, name: str, *allowed: Any, default: Any = None) -> Any:
         """A field with few supported values.
@@ -108,7 +115,8 @@ class ConfigReader:
         types = self.get("layer_types", None)
         if types is None:
             return list(default)
-        if len(types) != len(default) or not set(types) <= set(names.values()):
+        known = isinstance(types, list) and all(kind in names.values() for kind in types)
+        if not known or len(types) != len(default):
             raise UserError(
                 f"config.json asks for layer_types={types!r}; supported: {len(default)} of 'sliding_attention',"
                 " 'full_attention'"
@@ -124,11 +132,13 @@ class ConfigReader:
         """Rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`.
 
         Raises:
-          UserError: a type, or a field of it, that is not implemented.
+          UserError: a type, or a field of it, that is not implemented; both are there, and differ.
         """
-        name = "rope_parameters" if self.get("rope_parameters", None) is not None else "rope_scaling"
-        self._seen |= {"rope_parameters", "rope_scaling"}
-        fields = dict(self.get(name, None) or defaults.get("rope_scaling") or {})
+        given = {name: fields for name in ("rope_parameters", "rope_scaling") if (fields := self.mapping(name))}
+        name = next(iter(given), "rope_parameters")
+        if len({repr(sorted(_scaling(fields).items(), key=str)) for fields in given.values()}) > 1:
+            raise UserError(f"config.json contradicts itself: {given}; leave one of the two")
+        fields = given.get(name) or dict(defaults.get("rope_scaling") or {})
         old_theta = self.number("rope_theta", None)
         theta = _number(fields.pop("rope_theta", None) or old_theta or default_theta, "rope_theta")
         kind, old_kind = fields.pop("rope_type", None), fields.pop("type", None)
@@ -197,6 +207,12 @@ class ConfigReader:
         if contradictions:
             raise UserError(f"config.json is inconsistent: {'; '.join(contradictions)}")
         return a
+
+
+def _scaling(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What both of the places for rope parameters may say."""
+    renamed = {"rope_type" if key == "type" else key: value for key, value in fields.items()}
+    return {key: value for key, value in renamed.items() if key != "rope_theta" and value is not None}
 
 
 def _number(value: Any, name: str) -> float:

@@ -57,6 +57,8 @@ def with_scales(tensors: Mapping[str, Tensor], block: Block) -> dict[str, Tensor
     """
     found = dict(tensors)
     for name, tensor in tensors.items():
+        if tensor.dtype == FP8 and len(tensor.shape) == 3:
+            raise UserError(f"{tensor.file} has {name}, fused experts in FP8; supported: a tensor for each expert")
         if tensor.dtype != FP8 or len(tensor.shape) != 2:
             continue
         scales = found.pop(name + _SCALES, None)

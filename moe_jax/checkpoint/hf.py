@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_jax.checkpoint import fp8
 from moe_jax.checkpoint.families import family
-from moe_jax.checkpoint.names import Names, Rows, expert_weights
+from moe_jax.checkpoint.names import EMBEDDING, HEAD, Names, Rows, expert_weights
 from moe_jax.checkpoint.safetensors_file import DTYPES, FLOATS, Tensor, read_header, read_into
 from moe_jax.errors import UserError
 from moe_jax.memory import empty
@@ -59,6 +59,8 @@ class HFCheckpoint:
         self._block = fp8.block_of(quantization) if quantization.get("quant_method") == "fp8" else None
         if self._block:
             self._tensors = fp8.with_scales(self._tensors, self._block)
+        if a.tie_embeddings:
+            self._drop_copied_head()
         self._names = self._closest(chosen.layouts(a))
         experts = [self._names.expert(layer, e) for layer in range(a.num_moe_layers) for e in range(a.num_experts)]
         self._check([*self._names.dense.values(), *(rows for parts in experts for rows in parts.values())])
@@ -122,6 +124,27 @@ class HFCheckpoint:
             return all(piece.name in self._tensors for rows in names.expert(0, 0).values() for piece in rows)
 
         return next(filter(found, layouts), layouts[0])
+
+    def _drop_copied_head(self) -> None:
+        """Some files hold the output head although it is the embedding."""
+        head, embedding = self._tensors.get(HEAD), self._tensors.get(EMBEDDING)
+        if head is None or embedding is None:
+            return
+        same = head.shape == embedding.shape and head.dtype == embedding.dtype and head.dtype in DTYPES
+        for at in range(0, head.shape[0] if same else 0, _STRIP):
+            parts = [tensor.rows(at, min(at + _STRIP, head.shape[0])) for tensor in (head, embedding)]
+            stored = [empty(part.shape, DTYPES[part.dtype]) for part in parts]
+            for part, out in zip(parts, stored, strict=True):
+                read_into(part, out)
+            if stored[0].tobytes() != stored[1].tobytes():
+                same = False
+                break
+        if not same:
+            raise UserError(
+                f"checkpoint {self.directory} has an {HEAD} that is not the embedding, to which config.json ties it;"
+                " give tie_word_embeddings false there if it is meant"
+            )
+        del self._tensors[HEAD]
 
     def _check(self, arrays: Iterable[Rows]) -> None:
         expected = {piece.name: piece for rows in arrays for piece in rows}

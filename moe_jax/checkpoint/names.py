@@ -9,6 +9,7 @@ from moe_jax.model.architecture import Architecture, GroupedQuery
 from moe_jax.model.experts import ExpertWeights
 from moe_jax.model.quantized import Mxfp4
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # in every family
 Path = tuple[str | int, ...]
 """Where a dense array lies in the pure dict of `moe_jax.model.layers.Decoder`."""
 
@@ -86,11 +87,11 @@ def dense(
     """Every dense array of the usual decoder; the arguments are where families differ."""
     d, E = a.d_model, a.num_experts
     arrays = {
-        ("embedding",): rows(("model.embed_tokens.weight", (a.vocab_size, d))),
+        ("embedding",): rows((EMBEDDING, (a.vocab_size, d))),
         ("norm", "weight"): rows(("model.norm.weight", (d,))),
     }
     if not a.tie_embeddings:
-        arrays["head",] = rows(("lm_head.weight", (a.vocab_size, d)))
+        arrays["head",] = rows((HEAD, (a.vocab_size, d)))
     for layer, kind in enumerate(a.layers):
         prefix, path = f"model.layers.{layer}", ("layers", layer)
         arrays[*path, "attention_norm", "weight"] = rows((f"{prefix}.input_layernorm.weight", (d,)))

@@ -98,6 +98,9 @@ class Engine:
         Returns:
           Float32 logits [B, V] after each prompt's last token (rows past the prompts are padding, see `padded`),
           and the state to decode from.
+
+        Raises:
+          UserError: a token that the model does not know, or too many.
         """
         B, Tc, S = self.shapes([len(p) for p in prompts], new_tokens)
         a, stages = self.architecture, self.stages
@@ -107,6 +110,11 @@ class Engine:
         tokens = np.zeros((B, chunks * Tc), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
+        if tokens.max() >= a.vocab_size or tokens.min() < 0:  # an embedding that is not there would be another's
+            wrong = next(int(token) for token in tokens.flat if not 0 <= token < a.vocab_size)
+            raise UserError(
+                f"the tokenizer gives token {wrong}, and the model has {a.vocab_size}: give both from one checkpoint"
+            )
         positions = np.broadcast_to(np.arange(chunks * Tc, dtype=np.int32), tokens.shape)
         real = positions < lengths[:, None]
         split = lambda x: [np.ascontiguousarray(x[:, c * Tc : (c + 1) * Tc]) for c in range(chunks)]

@@ -60,7 +60,8 @@ class Model:
         predictor = self.predictor(self.config.prefetch.predictor, dense)
         if config.max_seq_len > a.max_seq_len:
             raise UserError(
-                f"--config.max_seq_len={config.max_seq_len} is more than the model's {a.max_seq_len} positions"
+                f"--config.max_seq_len={config.max_seq_len} is more than the model's {a.max_seq_len} positions;"
+                " its config.json may allow more, as max_position_embeddings"
             )
         self._dense = dense
         source = self._source()

@@ -240,3 +240,9 @@ def test_fp8_without_its_configuration_is_refused(released, tmp_path):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"unexpected .*_scale_inv"):
         HFCheckpoint(copy)
+
+
+def test_fused_experts_are_refused_by_name(tmp_path):
+    save(tmp_path, {"x": np.zeros((2, 4, 4), E4M3), "x_scale_inv": np.ones((2, 1, 1), np.float32)})
+    with pytest.raises(UserError, match="has x, fused experts in FP8"):
+        fp8.with_scales(read_header(tmp_path / SINGLE), (128, 128))

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from moe_jax.checkpoint.families import mixtral
 from moe_jax.checkpoint.hf import INDEX, SINGLE, HFCheckpoint
+from moe_jax.checkpoint.names import EMBEDDING, HEAD
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture, Experts
 from moe_jax.model.layers import Decoder
@@ -325,3 +326,24 @@ def test_end_tokens_must_be_ids(tmp_path, said):
     write(tmp_path, tensors())
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
     refused(tmp_path, "generation_config.json has eos_token_id=", "a token id or a list of them")
+
+
+TIED = dataclasses.replace(A, tie_embeddings=True)
+
+
+def test_a_tied_head_that_is_stored_is_the_embedding(tmp_path):
+    weights = tensors(TIED)
+    write(tmp_path, {**weights, HEAD: weights[EMBEDDING].copy()}, TIED)
+    found = HFCheckpoint(tmp_path)
+    assert ("head",) not in found.dense_spec
+    assert found.dense()["embedding"].tobytes() == weights[EMBEDDING].tobytes()
+
+
+@pytest.mark.parametrize("row", [0, 32])
+def test_a_tied_head_that_is_another_is_refused(tmp_path, row):
+    weights = tensors(TIED)
+    other = weights[EMBEDDING].copy()
+    other[row] += 1
+    write(tmp_path, {**weights, HEAD: other}, TIED)
+    with pytest.raises(UserError, match="is not the embedding, to which config.json ties it"):
+        HFCheckpoint(tmp_path)

@@ -1,6 +1,7 @@
 """A config.json that asks for what is not implemented is refused in one line that names the field."""
 
 import pytest
+import transformers
 
 from moe_jax.checkpoint.families import FAMILIES, family
 from moe_jax.errors import UserError
@@ -34,6 +35,11 @@ ANY = [
     ({"num_key_value_heads": 5}, "query heads over 5 of keys"),
     ({"num_local_experts": 8, "num_experts": 9}, "contradicts itself"),
     ({"hidden_size": None}, "no field 'hidden_size'"),
+    ({"rope_scaling": "yarn"}, "rope_scaling='yarn'; it must be an object"),
+    ({"rope_parameters": [1]}, "rope_parameters=[1]; it must be an object"),
+    ({"quantization_config": "fp8"}, "quantization_config"),
+    # What the cards of Qwen advise to add, to a file that transformers 5 has written.
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": YARN}, "leave one of the two"),
 ]
 OWN = {
     "deepseek_v2": [
@@ -55,6 +61,9 @@ OWN = {
         ({"n_group": 7}, "4 of 7 groups of 256 experts"),
         ({"n_group": 256, "topk_group": 256}, "groups of 1 expert"),
         ({"index_topk": 2048}, "does not know: index_topk=2048"),  # V3.2's sparse attention
+        # For transformers null is false.
+        ({"norm_topk_prob": None}, "norm_topk_prob=None; it must be true or false"),
+        ({"rope_interleave": None}, "rope_interleave=None; it must be true or false"),
     ],
     "mixtral": [({"attention_bias": True}, "attention_bias=True")],
     "qwen3_moe": [
@@ -70,6 +79,7 @@ OWN = {
     ],
     "gpt_oss": [
         ({"layer_types": ["chunked_attention"] * 36}, "layer_types=['chunked_attention'"),
+        ({"layer_types": 5}, "layer_types=5; supported: 36 of"),
         ({"initial_context_length": 2048}, "initial_context_length=2048; supported: 4096"),
         ({"experts_per_token": 2}, "contradicts itself"),
         ({"hidden_size": 2864}, "MXFP4 needs multiples of 32"),
@@ -102,6 +112,31 @@ def test_what_changes_nothing_is_accepted(model_type):
     assert chosen.read_config({**config, **extra}) == chosen.read_config(config)
 
 
+@pytest.mark.parametrize("model_type", OWN)
+def test_a_field_that_is_absent_is_what_transformers_takes_for_it(model_type):
+    chosen = FAMILIES[model_type]
+    experts = {"num_experts_per_tok": 6} if model_type == "deepseek_v2" else {}  # there it has no default
+    config = transformers.AutoConfig.for_model(model_type, **experts).to_dict()
+    whole, read = chosen.read_config(config), 0
+    for name in config.keys() - {"model_type", "bos_token_id", "eos_token_id"}:
+        try:
+            assert chosen.read_config({key: value for key, value in config.items() if key != name}) == whole, name
+            read += 1
+        except UserError as error:
+            assert "no field 'num_" in str(error) or f"no field '{name}'" in str(error)
+    assert read > 5
+
+
+@pytest.mark.parametrize("model_type", OWN)
+def test_rope_parameters_twice(model_type):
+    chosen, base = FAMILIES[model_type], RELEASED[model_type]
+    once = chosen.read_config({**base, "rope_theta": 5e5, "rope_scaling": YARN})
+    new = {**YARN, "rope_type": "yarn", "rope_theta": 5e5}
+    del new["type"]
+    for again in (new, {}, None):
+        assert chosen.read_config({**base, "rope_theta": 5e5, "rope_scaling": YARN, "rope_parameters": again}) == once
+
+
 def test_qwen3_coder_says_things_twice():
     config, chosen = RELEASED["qwen3_moe"], FAMILIES["qwen3_moe"]
     again = {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
@@ -121,7 +156,7 @@ def test_old_and_new_rope_fields_mean_the_same(model_type):
     chosen, base = FAMILIES[model_type], RELEASED[model_type]
     old = chosen.read_config({**base, "rope_theta": 5e5, "rope_scaling": YARN})
     new = {**YARN, "rope_type": "yarn", "rope_theta": 5e5}
-    base = {name: value for name, value in base.items() if name != "rope_theta"}
+    base = {name: value for name, value in base.items() if name not in ("rope_theta", "rope_scaling")}
     assert chosen.read_config({**base, "rope_parameters": new}) == old
     assert isinstance(old.rope.scaling, Yarn) and old.rope.theta == 5e5
     assert old.rope.scaling.attention_factor == pytest.approx(1.1386294)  # 0.1 ln 4 + 1

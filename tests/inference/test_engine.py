@@ -387,6 +387,14 @@ def test_prompts_that_do_not_fit_are_refused(model):
     engine.prefill(prompts([255]), 1)
 
 
+@pytest.mark.parametrize("token", [-1, SIZES["vocab_size"], 2**31 - 1])
+def test_a_token_that_the_model_does_not_know_is_refused(model, token):
+    """A look-up would give the last embedding there is."""
+    _, _, engine = model
+    with pytest.raises(UserError, match=f"gives token {token}, and the model has {SIZES['vocab_size']}"):
+        engine.prefill([[1, 2], [3, token, 4]], 3)
+
+
 @pytest.mark.parametrize("rows", [32, 100, 2048])
 def test_every_choice_of_an_expert_is_in_one_call(rows):
     chosen = np.random.default_rng(0).random((rows - 3, 2)) < 0.3

@@ -17,11 +17,23 @@ from moe_jax.model.rope import Rope, Yarn
 
 # Losses and parallelism of training.
 _INERT = "aux_loss_alpha seq_aux ep_size pretraining_tp"
+# What transformers takes for fields that are absent; null means none.
+_ABSENT_V2 = {"n_shared_experts": 2, "q_lora_rank": 1536}
+_ABSENT_V3 = {
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "n_shared_experts": 1,
+    "q_lora_rank": 1536,
+}
 
 
 def read_config(config: Mapping[str, Any]) -> Architecture:
     """The dictionary of a DeepSeek-V2 or -V3 `config.json`."""
-    return _read_v3(config) if config["model_type"] == "deepseek_v3" else _read_v2(config)
+    v3 = config["model_type"] == "deepseek_v3"
+    config = {**(_ABSENT_V3 if v3 else _ABSENT_V2), **config}
+    return _read_v3(config) if v3 else _read_v2(config)
 
 
 def _read_v2(config: Mapping[str, Any]) -> Architecture:
@@ -65,7 +77,7 @@ def _read(c: ConfigReader, config: Mapping[str, Any], routing: Routing, interlea
     for name in _INERT.split():
         c.get(name, None)
     c.require("hidden_act", "silu", default="silu")
-    if quantization := c.get("quantization_config", {}):
+    if quantization := c.mapping("quantization_config"):
         fp8.block_of(quantization)  # refuses what is not read
     max_seq_len = c.size("max_position_embeddings")
     rope = dataclasses.replace(c.rope(max_seq_len), interleaved=interleaved)

@@ -67,7 +67,7 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
 
 def _check_quantization(c: ConfigReader, a: Architecture) -> None:
     """Which tensors are quantised, their names say."""
-    quantization = dict(c.get("quantization_config", {}))
+    quantization = c.mapping("quantization_config")
     if not quantization:
         return
     if (method := quantization.pop("quant_method", None)) != "mxfp4":

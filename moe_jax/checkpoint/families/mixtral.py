@@ -43,7 +43,7 @@ def architecture(
 
 def read_config(config: Mapping[str, Any]) -> Architecture:
     """The dictionary of a Mixtral `config.json`."""
-    c = ConfigReader(config)
+    c = ConfigReader({"num_key_value_heads": 8, **config})  # what transformers takes where it is absent
     c.require("hidden_act", "silu", default="silu")
     c.require("attention_bias", False, default=False)
     c.get("router_jitter_noise", 0.0)  # noise of training

@@ -16,7 +16,8 @@ __all__ = ["layouts", "read_config"]
 
 def read_config(config: Mapping[str, Any]) -> Architecture:
     """The dictionary of a Qwen2-MoE `config.json`."""
-    c = ConfigReader(config)
+    absent = {"num_key_value_heads": 16, "shared_expert_intermediate_size": 5632}  # as transformers has it then
+    c = ConfigReader({**absent, **config})
     c.require("hidden_act", "silu", default="silu")
     heads, d_model = c.size("num_attention_heads"), c.size("hidden_size")
     max_seq_len = c.size("max_position_embeddings")

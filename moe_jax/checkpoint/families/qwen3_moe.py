@@ -15,14 +15,14 @@ __all__ = ["layouts", "read_config"]
 
 def read_config(config: Mapping[str, Any]) -> Architecture:
     """The dictionary of a Qwen3-MoE `config.json`."""
-    c = ConfigReader(config)
+    c = ConfigReader({"num_key_value_heads": 4, **config})  # what transformers takes where it is absent
     c.require("hidden_act", "silu", default="silu")
     c.get("max_window_layers", None)  # Qwen3-MoE has a window in every layer or in none
     # Qwen3-Coder says these again.
     c.require("use_qk_norm", True, default=True)
     c.require("qkv_bias", False, default=False)
     c.require("shared_expert_intermediate_size", 0, default=0)
-    if quantization := c.get("quantization_config", {}):
+    if quantization := c.mapping("quantization_config"):
         fp8.block_of(quantization)  # as Qwen3-30B-A3B-FP8; refuses what is not read
     heads, d_model = c.size("num_attention_heads"), c.size("hidden_size")
     max_seq_len = c.size("max_position_embeddings")

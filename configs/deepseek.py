@@ -46,14 +46,16 @@ read.
 The shared experts are dense weights; the caches are so small that nearly all device memory can go to experts.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-from configs import mixtral
+from moe_jax.config import Config
 
 
 def get_config() -> ConfigDict:
     """As `configs/mixtral.py`, for models that do not ship with the repository."""
-    c = mixtral.get_config()
+    c = ConfigDict(dataclasses.asdict(Config()))
     c.checkpoint = "DeepSeek-V2-Lite"  # a directory
     c.update(offload=dict(device_budget="auto"))
     # until a predictor has been trained for it: train_predictor.py

@@ -36,14 +36,16 @@ memory, over the link and on the device, and are widened as an expert runs; no b
 | expert bytes used per token              | 36 * 4 * 13.2 MB = 1.91 GB, less what is found on the device  |
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-from configs import mixtral
+from moe_jax.config import Config
 
 
 def get_config() -> ConfigDict:
     """As `configs/mixtral.py`, for a model that does not ship with the repository."""
-    c = mixtral.get_config()
+    c = ConfigDict(dataclasses.asdict(Config()))
     c.checkpoint = "gpt-oss-20b"  # a directory
     c.update(offload=dict(device_budget="auto"))
     # until a predictor has been trained for it: train_predictor.py

@@ -43,7 +43,8 @@ def get_config() -> ConfigDict:
     c.offload.trace = ""  # of an equal run, for belady
     c.offload.link_gbps = 0.0  # > 0: a simulated link of so many GB/s
     c.prefetch = ConfigDict()
-    c.prefetch.predictor = "learned"  # none | random | frequency | repeat | router | learned
+    # none | random | frequency | repeat | router | default_vector | learned | best_per_layer | oracle
+    c.prefetch.predictor = "learned"
     c.prefetch.horizon = 8  # layers ahead
     c.prefetch.checkpoint = ""  # the shipped predictor
     c.execution = "exact"  # exact | speculative | speculative_gated | hybrid | cache_aware

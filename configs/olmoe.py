@@ -21,14 +21,16 @@ allenai/OLMoE-1B-7B-0924, Apache-2.0. With the Hugging Face directory in DIR:
 | expert bytes used per token              | 16 * 8 * 12.6 MB = 1.61 GB, less what is found on the device  |
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-from configs import mixtral
+from moe_jax.config import Config
 
 
 def get_config() -> ConfigDict:
     """As `configs/mixtral.py`, for a model that does not ship with the repository."""
-    c = mixtral.get_config()
+    c = ConfigDict(dataclasses.asdict(Config()))
     c.checkpoint = "OLMoE-1B-7B-0924"  # a directory
     c.update(offload=dict(device_budget="auto"))
     # until a predictor has been trained for it: train_predictor.py

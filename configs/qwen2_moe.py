@@ -20,14 +20,16 @@ stays on the device. With the Hugging Face directory in DIR:
 | expert bytes used per token              | 24 * 4 * 17.3 MB = 1.66 GB, less what is found on the device  |
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-from configs import mixtral
+from moe_jax.config import Config
 
 
 def get_config() -> ConfigDict:
     """As `configs/mixtral.py`, for a model that does not ship with the repository."""
-    c = mixtral.get_config()
+    c = ConfigDict(dataclasses.asdict(Config()))
     c.checkpoint = "Qwen1.5-MoE-A2.7B"  # a directory
     c.update(offload=dict(device_budget="auto"))
     # until a predictor has been trained for it: train_predictor.py

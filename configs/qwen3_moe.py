@@ -24,14 +24,16 @@ Small experts: one copy takes about as long as one layer's compute on a fast lin
 Qwen3-30B-A3B-FP8 (a scale for every block of 128 x 128) is read as bfloat16.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-from configs import mixtral
+from moe_jax.config import Config
 
 
 def get_config() -> ConfigDict:
     """As `configs/mixtral.py`, for a model that does not ship with the repository."""
-    c = mixtral.get_config()
+    c = ConfigDict(dataclasses.asdict(Config()))
     c.checkpoint = "Qwen3-30B-A3B"  # a directory
     c.update(offload=dict(device_budget="auto"))
     # until a predictor has been trained for it: train_predictor.py

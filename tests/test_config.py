@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,10 @@ def documents() -> list[Path]:
 
 
 @pytest.mark.parametrize("file", documents(), ids=lambda file: file.stem)
-def test_documents_build_and_hold_every_field(file):
+def test_documents_build_from_anywhere_and_hold_every_field(file, monkeypatch):
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not (Path(place) / "configs").is_dir()])
+    for name in ("configs", "configs.mixtral"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -85,11 +85,7 @@ def main() -> None:
             raise UserError(f"config.{name} must be at least 1, not {c[name]}")
     compared = predictors.compared()  # one that cannot be imported fails now
     output = Path(c["output"])
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"config.output={output}: no folder can be made there ({error.strerror})") from None
-    outputs.check_folder(f"config.output={output}", output)
+    outputs.make_folder(f"--config.output={output}", output)
     offload = {"tier": c["tier"], "device_budget": c["device_budget"]}
     chunk = activations.BATCH * c["window"]  # a batch of windows is one prefill chunk
     values = {"checkpoint": c["checkpoint"], "offload": offload, "prefill_chunk": chunk, "dtype": c["dtype"]}

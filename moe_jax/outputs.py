@@ -25,21 +25,37 @@ def check(flag: str, file: str | Path) -> None:
     """
     file = Path(file)
     folder = file.absolute().parent
-    if file.is_dir():
-        raise UserError(f"--{flag}={file} is a folder; name a file in it")
-    if not folder.is_dir():
-        raise UserError(f"--{flag}={file}: its folder does not exist; make {folder} first")
-    if not file.exists():
-        check_folder(f"--{flag}={file}", folder)
-    elif not os.access(file, os.W_OK):
-        raise UserError(f"--{flag}={file} cannot be written; choose another place")
+    with _elsewhere(f"--{flag}={file}"):
+        if file.is_dir():
+            raise UserError(f"--{flag}={file} is a folder; name a file in it")
+        if not folder.is_dir():
+            raise UserError(f"--{flag}={file}: its folder does not exist; make {folder} first")
+        if not file.exists():
+            check_folder(f"--{flag}={file}", folder)
+        elif not os.access(file, os.W_OK):
+            raise UserError(f"--{flag}={file} cannot be written; choose another place")
 
 
 def check_folder(what: str, folder: Path) -> None:
     """Raises UserError, beginning with `what`, where no file can be made in a folder."""
+    with _elsewhere(what), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def make_folder(what: str, folder: Path) -> None:
+    """Makes a folder that a run writes to. Raises UserError, beginning with `what`, where it or a file in it cannot be
+    made."""
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{what}: no folder can be made there ({error.strerror}); choose another place") from None
+    check_folder(what, folder)
+
+
+@contextlib.contextmanager
+def _elsewhere(what: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{what} cannot be written ({error.strerror}); choose another place") from None
 

@@ -1,8 +1,10 @@
 """Settings of every test. Shared builders of small models belong to the room whose tests use them."""
 
+import contextlib
 import os
 import signal
 
+import pytest
 from hypothesis import settings
 
 from moe_jax import cli
@@ -17,3 +19,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What one test compiled the next ones load, as do the scripts that they start.
 cli.use_compilation_cache()
+
+
+@pytest.fixture
+def nobody():
+    """A context in which permissions bind, whoever runs the tests."""
+
+    @contextlib.contextmanager
+    def bound():
+        user = os.geteuid()
+        os.seteuid(user or 65534)
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+
+    return bound

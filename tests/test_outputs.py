@@ -32,6 +32,25 @@ def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch):
             outputs.check("report", file)
 
 
+def test_a_place_that_may_not_even_be_looked_at_is_one_line(tmp_path, nobody):
+    (tmp_path / "closed").mkdir(mode=0)
+    for file in (tmp_path / "closed" / "x.json", tmp_path / ("x" * 300)):
+        with nobody(), pytest.raises(UserError, match=f"^--report={file} cannot be written .*; choose another place"):
+            outputs.check("report", file)
+
+
+def test_a_folder_is_made_or_said_to_be_impossible(tmp_path):
+    outputs.make_folder("--output", tmp_path / "a" / "b")
+    assert not list((tmp_path / "a" / "b").iterdir())
+    (tmp_path / "file").write_text("")
+    for folder, message in (
+        (tmp_path / "file" / "b", "no folder can be made"),
+        (Path("/proc/sys"), "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=f"^--output={folder}.*{message}.*; choose another place"):
+            outputs.make_folder(f"--output={folder}", folder)
+
+
 def test_a_disk_that_fills_is_one_line_and_keeps_no_half_of_a_file(tmp_path):
     file, again = tmp_path / "out.json", "free some space and give the same command again"
     with (

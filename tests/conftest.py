@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -35,3 +36,19 @@ def nobody():
             os.seteuid(user)
 
     return bound
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """A function that makes the files of a name ones that may not be opened, whoever runs the tests."""
+    opens = Path.open
+
+    def make(name: str):
+        def refused(path, *args, **kwargs):
+            if path.name == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return opens(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", refused)
+
+    return make

@@ -43,7 +43,7 @@ from moe_jax.checkpoint.converted import (
     expert_parts,
     matrix_kind,
 )
-from moe_jax.checkpoint.hf import INDEX, SINGLE, read_json
+from moe_jax.checkpoint.hf import INDEX, SINGLE, read_json, reading
 from moe_jax.checkpoint.quantize import FORMATS, quantize, quantized_spec
 from moe_jax.checkpoint.read_ahead import read_ahead
 from moe_jax.errors import UserError
@@ -91,7 +91,7 @@ def convert(
         raise UserError(f"{source.directory} holds quantised experts already; convert it with --quantization=none")
     output = Path(output)
     _check_output(source.directory, output)
-    with _reading(source.directory):
+    with reading(source.directory):
         job = {"format": FORMAT, "source": fingerprint(source.directory), "quantization": quantization}
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,9 @@ class _Conversion:
                 self._finished[name] = self._write(name, arrays)
                 self._write_journal()
         for file in _small_files(self._source.directory):
-            write_durably(self._output / file.name, file.read_bytes())
+            with reading(file):
+                data = file.read_bytes()
+            write_durably(self._output / file.name, data)
         tensors = {part: name for name, blocks in self._files.items() for parts in blocks.values() for part in parts}
         sizes = [nbytes(x) for blocks in self._files.values() for parts in blocks.values() for x in parts.values()]
         self._save(INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": tensors})
@@ -208,7 +210,7 @@ class _Conversion:
 
     def _arrays(self, block: str) -> Mapping[str, np.ndarray]:
         """The tensors of a block."""
-        with _reading(self._source.directory):
+        with reading(self._source.directory):
             if block in self._dense:
                 return {block: self._source.dense_array(self._dense[block])}
             weights = self._source.expert(*self._experts[block])
@@ -279,14 +281,6 @@ def _locked(directory: Path) -> Iterator[None]:
         raise UserError(f"another conversion is writing to --output={directory}; wait for it") from None
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def _reading(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{directory} cannot be read: {error.strerror or error}") from None
 
 
 def _small_files(directory: Path) -> list[Path]:

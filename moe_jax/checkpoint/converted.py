@@ -24,7 +24,7 @@ import numpy as np
 
 from moe_jax.checkpoint.bank_file import DTYPES, PAD, Block
 from moe_jax.checkpoint.families import family
-from moe_jax.checkpoint.hf import HFCheckpoint, read_json, with_generation_config
+from moe_jax.checkpoint.hf import HFCheckpoint, read_json, reading, with_generation_config
 from moe_jax.checkpoint.names import expert_weights
 from moe_jax.checkpoint.safetensors_file import Tensor, read_header
 from moe_jax.errors import UserError
@@ -43,14 +43,15 @@ def open_checkpoint(directory: str | Path) -> HFCheckpoint | Converted:
     """A Hugging Face directory or a converted one.
 
     Raises:
-      UserError: it is neither, it is damaged, or its conversion was interrupted.
+      UserError: it is neither, it is damaged, it cannot be read, or its conversion was interrupted.
     """
     directory = Path(directory)
-    if (directory / MANIFEST).is_file():
-        return Converted(directory)
-    if (directory / JOURNAL).is_file():
-        raise UserError(f"the conversion into {directory} was interrupted; give the same convert.py command again")
-    return HFCheckpoint(directory)
+    with reading(directory):
+        if (directory / MANIFEST).is_file():
+            return Converted(directory)
+        if (directory / JOURNAL).is_file():
+            raise UserError(f"the conversion into {directory} was interrupted; give the same convert.py command again")
+        return HFCheckpoint(directory)
 
 
 def expert_block(a: Architecture, layer: int, expert: int) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,16 +190,26 @@ def _shape(rows: Rows) -> tuple[int, ...]:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
+@contextlib.contextmanager
+def reading(place: Path) -> Iterator[None]:
+    """While this lasts `place` is read, a file or folder. Raises UserError where the system refuses to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or place} cannot be read: {error.strerror or error}") from None
+
+
 def read_json(file: Path) -> dict[str, Any] | None:
     """The JSON object in `file`, or None when there is no such file.
 
     Raises:
-      UserError: the file holds something else.
+      UserError: the file holds something else, or cannot be read.
     """
-    if not file.is_file():
-        return None
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        with reading(file):
+            if not file.is_file():
+                return None
+            value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):

@@ -13,7 +13,7 @@ import tokenizers
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from moe_jax.checkpoint.hf import read_json
+from moe_jax.checkpoint.hf import read_json, reading
 from moe_jax.errors import UserError
 from moe_jax.inference import sentencepiece
 
@@ -33,7 +33,7 @@ class Tokenizer:
         """Reads tokenizer.json, else tokenizer.model, and the configuration beside it where it exists.
 
         Raises:
-          UserError: there is neither, or one of the files is damaged.
+          UserError: there is neither, or one of the files is damaged or cannot be read.
         """
         self.directory = directory = Path(directory)
         names = "special_tokens_map.json", "tokenizer_config.json"
@@ -45,7 +45,8 @@ class Tokenizer:
             except Exception as error:  # the package raises plain Exception
                 raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); download it again") from None
         elif old.is_file():
-            model = sentencepiece.read_model(old)
+            with reading(old):
+                model = sentencepiece.read_model(old)
             self._config = {"add_bos_token": True, **model.special, **self._config}
             self.backend = sentencepiece.build(model, self._config, read_json(directory / "added_tokens.json") or {})
         else:
@@ -103,7 +104,8 @@ class Tokenizer:
     def _chat_template(self) -> str:
         file = self.directory / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            with reading(file):
+                return file.read_text(encoding="utf-8")
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several by name
             named = {entry["name"]: entry["template"] for entry in template}

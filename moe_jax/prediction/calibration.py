@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checkpoint.bank_file import write_durably
+from moe_jax.checkpoint.hf import reading
 from moe_jax.errors import UserError
 from moe_jax.outputs import room
 from moe_jax.prediction.activation_log import ActivationLog, Activations
@@ -101,13 +102,15 @@ def stored(directory: str | Path, spec: Spec, model: str) -> dict[str, np.ndarra
     """What `store` kept, cut to the horizon of `spec`; empty if there is nothing, or not so far ahead.
 
     Raises:
-      UserError: it is of another model, or damaged.
+      UserError: it is of another model, damaged, or cannot be read.
     """
     file = Path(directory) / FILE
-    if not str(directory) or not file.exists():
-        return {}
+    with reading(file):
+        if not str(directory) or not file.exists():
+            return {}
+        data = file.read_bytes()
     try:
-        document = json.loads(file.read_text())
+        document = json.loads(data)
         found = {name: np.array(value, np.float32) for name, value in document["sharpness"].items()}
         if document["model"] != model:
             raise UserError(f"{file} is of another model; choose another --config.prefetch.checkpoint")

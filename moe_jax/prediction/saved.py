@@ -55,7 +55,8 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
     """The weights of `save` in float32, cut to `spec.horizon`; and `sharpness` of `calibration.stored`, if any.
 
     Raises:
-      UserError: there is no predictor, it was trained for another model, or its horizon is shorter than asked for.
+      UserError: there is no predictor, it cannot be read, it was trained for another model, or its horizon is shorter
+        than asked for.
     """
     directory = Path(directory).absolute()
     try:
@@ -65,6 +66,10 @@ def load(directory: str | Path, spec: Spec, model: str) -> Any:
         trained, trained_for = Spec.from_dict(card["spec"]), card["model"]
     except FileNotFoundError:
         raise UserError(f"{directory} holds no trained predictor; make one with train_predictor.py") from None
+    except NotADirectoryError:
+        raise UserError(f"{directory} is no folder; name the one that holds {CARD}") from None
+    except OSError as error:
+        raise UserError(f"{directory / CARD} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory / 'predictor.json'} is damaged ({error}); train it again") from None
     if trained_for != model:

@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from moe_jax.checkpoint.bank_file import write_durably
+from moe_jax.checkpoint.hf import reading
 from moe_jax.errors import UserError
 from moe_jax.outputs import room
 from moe_jax.prediction.interface import Spec
@@ -64,8 +65,10 @@ def store(directory: str | Path, model: str, usage: Usage) -> None:
 
 
 def there(directory: str | Path) -> bool:
-    """Whether a predictor's folder has a network."""
-    return bool(str(directory)) and (Path(directory) / FILE).exists()
+    """Whether a predictor's folder has a network. Raises UserError where nobody may look."""
+    file = Path(directory) / FILE
+    with reading(file):
+        return bool(str(directory)) and file.exists()
 
 
 def stored(directory: str | Path, spec: Spec, model: str) -> Usage:

@@ -249,6 +249,20 @@ def test_damaged_directories(copy, damage, parts):
 # The output.
 
 
+@pytest.mark.parametrize("name", [MANIFEST, "config.json", DENSE, FIRST])
+def test_what_may_not_be_read_is_named(finished, unreadable, name):
+    unreadable(name)
+    with pytest.raises(UserError, match=f"^{finished / name} cannot be read: Permission denied$"):
+        open_checkpoint(finished)
+
+
+def test_a_small_file_of_the_source_that_may_not_be_read(source, tmp_path, unreadable):
+    opened = open_checkpoint(source)
+    unreadable("tokenizer_config.json")
+    with pytest.raises(UserError, match=f"^{source}/tokenizer_config.json cannot be read: Permission denied$"):
+        convert(opened, tmp_path / "out")
+
+
 def test_refuses_bad_outputs(source, tmp_path):
     original = HFCheckpoint(source)
     (tmp_path / "file").write_text("x")

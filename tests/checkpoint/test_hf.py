@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from moe_jax.checkpoint.converted import open_checkpoint
 from moe_jax.checkpoint.families import mixtral
 from moe_jax.checkpoint.hf import INDEX, SINGLE, HFCheckpoint
 from moe_jax.checkpoint.names import EMBEDDING, HEAD
@@ -265,6 +266,23 @@ def test_bad_config(tmp_path, text, part):
     else:
         (tmp_path / "config.json").write_text(text)
     refused(tmp_path, part)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX, "model-00002-of-00003.safetensors"])
+def test_what_may_not_be_read_is_named(tmp_path, unreadable, name):
+    write(tmp_path, tensors(), shards=3)
+    (tmp_path / "generation_config.json").write_text("{}")
+    unreadable(name)
+    with pytest.raises(UserError, match=f"^{tmp_path / name} cannot be read: Permission denied$"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(tmp_path, nobody):
+    write(tmp_path / "model", tensors())
+    (tmp_path / "model").chmod(0)
+    with nobody(), pytest.raises(UserError, match=rf"^{tmp_path}/model/\S+ cannot be read: Permission denied$"):
+        open_checkpoint(tmp_path / "model")
+    (tmp_path / "model").chmod(0o700)
 
 
 def test_no_weights(tmp_path):

@@ -229,6 +229,17 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path, attack):
         tokenizer.apply_chat(list(MESSAGES))
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.model", "chat_template.jinja"])
+def test_what_may_not_be_read_is_named(tmp_path, unreadable, name):
+    tokenizer = opened(tmp_path, byte_level(), tokenizer_config={})
+    (tmp_path / name).write_text("{}")
+    if name == "tokenizer.model":
+        (tmp_path / "tokenizer.json").unlink()
+    unreadable(name)
+    with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied$"):
+        tokenizer.apply_chat(list(MESSAGES)) if "chat" in name else Tokenizer(tmp_path)
+
+
 def test_no_or_damaged_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"has no tokenizer\.json and no tokenizer\.model"):
         Tokenizer(tmp_path)

@@ -14,7 +14,7 @@ from moe_jax.checkpoint.families import mixtral
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Routing
 from moe_jax.model.router import choose
-from moe_jax.prediction import predictors, saved
+from moe_jax.prediction import calibration, predictors, saved
 from moe_jax.prediction.interface import Features, ModelParts, Spec, fingerprint, last_ids, multi_hot
 from tests.prediction.synthetic import SPEC, activations, parts
 
@@ -238,6 +238,20 @@ def test_load_names_the_mistake(tmp_path, name, horizon, message):
     with pytest.raises(UserError, match=message) as error:
         predictors.load(name, horizon, tmp_path, ARCHITECTURE, dense(parts()))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, file", [("learned", saved.CARD), ("router", calibration.FILE)])
+def test_what_may_not_be_read_is_named(tmp_path, unreadable, name, file):
+    (tmp_path / file).write_text("{}")
+    unreadable(file)
+    with pytest.raises(UserError, match=f"^{tmp_path / file} cannot be read: Permission denied$"):
+        predictors.load(name, 2, tmp_path, ARCHITECTURE, dense(parts()))
+
+
+def test_a_file_in_place_of_its_folder_is_said_to_be_one(tmp_path):
+    (tmp_path / saved.CARD).write_text("{}")
+    with pytest.raises(UserError, match="predictor.json is no folder; name the one that holds predictor.json"):
+        predictors.load("learned", 2, tmp_path / saved.CARD, ARCHITECTURE, dense(parts()))
 
 
 @pytest.mark.parametrize("name", predictors.TRAINED)

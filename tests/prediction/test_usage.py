@@ -111,6 +111,13 @@ def test_a_network_is_kept_beside_its_predictor(fitted, tmp_path):
     assert all((x == y).all() for x, y in zip(usage.stored(tmp_path, SPEC, MODEL), found, strict=True))
 
 
+def test_a_folder_that_may_not_be_entered_is_one_line(tmp_path, nobody):
+    tmp_path.chmod(0)
+    with nobody(), pytest.raises(UserError, match="cannot be read: Permission denied"):
+        usage.there(tmp_path)
+    tmp_path.chmod(0o700)
+
+
 def test_a_network_that_does_not_fit_is_refused(fitted, tmp_path, monkeypatch):
     usage.store(tmp_path, MODEL, fitted)
     with pytest.raises(UserError, match=r"usage.safetensors is of another model; choose another --config.prefetch"):

@@ -20,6 +20,8 @@ from moe_jax.errors import UserError
 # Copies above 32 MiB otherwise fault in fresh pages on every call; malloc reads these only before it starts.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
+flags.disclaim_key_flags()  # --config belongs to the script that asks for it, whose --help then lists it
+
 
 def run(main: Callable[[], None]) -> None:
     """Parses flags and runs `main()`. A mistake of the user ends in one line on stderr and exit code 2."""
@@ -45,7 +47,14 @@ def run(main: Callable[[], None]) -> None:
             sys.stderr.flush()
             os._exit(130)
 
-    app.run(guarded, flags_parser=_parse)
+    try:
+        try:
+            app.run(guarded, flags_parser=_parse)
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough, as in `infer.py | head`
+        os._exit(141)  # as a shell says of what SIGPIPE ended; not through Python's own end, see above
 
 
 def _hush_orbax() -> None:
@@ -123,6 +132,8 @@ def config_flag(default: str, help: str) -> flags.FlagHolder:
     # Where no --config is given, ml_collections reads the default, and what overrides it, here and now.
     with _plain_errors():
         root = Path(__file__).parents[1]
+        fields = f'{default} lists its fields, "Configuration" in README.md explains those of inference'
+        help = f"{help} --config.FIELD=VALUE sets a field: {fields}."
         return config_flags.DEFINE_config_file("config", os.path.relpath(root / default), help)
 
 
@@ -143,6 +154,8 @@ def _plain_errors() -> Iterator[None]:
     """What is wrong with the flags, in one line."""
     try:
         yield
+    except BrokenPipeError:  # --help prints while flags are parsed
+        raise
     except flags.UnrecognizedFlagError as error:
         close = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
         fail(f"unknown flag --{error.flagname}" + (f"; did you mean --{close[0]}?" if close else "; see --help"))

@@ -25,6 +25,9 @@ def main():
         print("what was said")
         threading.Thread(target=threading.Event().wait).start()  # never ends
         raise KeyboardInterrupt
+    if FAULT.value == "unread":
+        threading.Thread(target=threading.Event().wait).start()  # never ends
+        print("what nobody reads", flush=True)
     if FAULT.value == "bug":
         raise RuntimeError("a bug")
     print(Config.from_dict(CONFIG.value.to_dict() if CONFIG.value else {}))
@@ -136,6 +139,20 @@ def test_interrupt(script):
     assert result.stderr.strip() == "interrupted" and result.stdout == "what was said\n"
 
 
+@pytest.mark.parametrize("arguments", [["--fault=unread"], [], ["--help"], ["--qqqqqq"]])
+def test_a_reader_that_has_gone_ends_it_quietly(script, arguments):
+    """As `| head` does, in the middle or where what is left is written at the end; a mistake is still said."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **cli.MALLOC}
+    command = [sys.executable, script, *arguments]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, timeout=300)
+    os.close(writer)
+    mistaken = arguments == ["--qqqqqq"]
+    assert result.returncode == (2 if mistaken else 141)
+    assert result.stderr == ("toy.py: error: unknown flag --qqqqqq; see --help\n" if mistaken else "")
+
+
 def test_a_bug_keeps_its_traceback(script):
     result = run(script, "--fault=bug")
     assert result.returncode == 1
@@ -158,5 +175,7 @@ def test_progress_off_a_terminal_is_a_line_for_every_tenth(capsys):
 
 def test_help(script):
     result = run(script, "--help")
-    assert "--count" in result.stdout + result.stderr
+    assert "--count" in result.stdout
+    for said in ("--config: ", "--config.FIELD=VALUE", "configs/mixtral.py", '"Configuration" in README.md'):
+        assert said in " ".join(result.stdout.split())
     assert "Traceback" not in result.stderr

@@ -9,6 +9,8 @@ Any field of the configuration can be set as --config.FIELD=VALUE.
 """
 
 import dataclasses
+import itertools
+import select
 import sys
 from pathlib import Path
 
@@ -20,11 +22,11 @@ from moe_jax.errors import LoadError, UserError
 CONFIG = cli.config_flag("configs/mixtral.py", "Model, offload and prefetch configuration.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; repeat the flag to generate for several as one batch.")
 PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file whose whole text is one prompt; repeatable.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to generate for each prompt.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to generate for each prompt.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable tokens; 0 is off.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample in the nucleus of this probability; 1 is off.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.", lower_bound=-(2**63), upper_bound=2**63 - 1)
 CHAT = flags.DEFINE_bool("chat", False, "Treat prompts as user messages, with the checkpoint's chat template.")
 SYSTEM = flags.DEFINE_string("system", "", "System message, with --chat.")
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write outputs and metrics to this file.")
@@ -35,12 +37,15 @@ DEFAULT_PROMPTS = ["And the LORD said unto", "def read_file(path):\n"]
 
 
 def main() -> None:
-    prompts, chosen = read_prompts()
-    for flag in (OUTPUT_JSON, TRACE, REPORT):
-        if flag.value:
-            outputs.check(flag.name, flag.value)
+    written = [flag for flag in (OUTPUT_JSON, TRACE, REPORT) if flag.value]
+    for flag in written:
+        outputs.check(flag.name, flag.value)
+    for one, other in itertools.combinations(written, 2):
+        if Path(one.value).resolve() == Path(other.value).resolve():
+            raise UserError(f"--{one.name} and --{other.name} are both {other.value}; give each a file of its own")
     if SYSTEM.value and not CHAT.value:
         raise UserError("--system needs --chat")
+    prompts, chosen = read_prompts()  # may wait for them
 
     from moe_jax.config import Config
     from moe_jax.inference.sampling import Sampling
@@ -87,6 +92,11 @@ def main() -> None:
 def read_prompts() -> tuple[list[str], bool]:
     """Prompts from flags, files, or standard input, otherwise two of our own; and whether the user gave any."""
     prompts = list(PROMPT.value)
+    if "" in prompts:
+        raise UserError("the prompt is empty; write some text after --prompt=")
+    for flag in (PROMPT, SYSTEM):
+        if any("\udc80" <= character <= "\udcff" for character in "".join(flag.value)):  # bytes that are no UTF-8
+            raise UserError(f"--{flag.name} is not UTF-8 text; write it in UTF-8")
     for name in PROMPT_FILE.value:
         try:
             prompts.append(Path(name).read_text(encoding="utf-8"))
@@ -94,9 +104,24 @@ def read_prompts() -> tuple[list[str], bool]:
             raise UserError(f"--prompt_file={name}: no such file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file={name}: cannot be read as UTF-8 text ({error})") from None
-    if not prompts and not sys.stdin.isatty() and (text := sys.stdin.read()):
+        if not prompts[-1]:
+            raise UserError(f"--prompt_file={name} is empty; write the prompt into it")
+    if not prompts and sys.stdin and not sys.stdin.isatty() and (text := standard_input()):
         prompts.append(text)
     return (prompts, True) if prompts else (DEFAULT_PROMPTS, False)
+
+
+def standard_input() -> str:
+    """All of it; nothing where it cannot be read, as under nohup. Says on stderr if it has to wait."""
+    if not select.select([0], [], [], 0)[0]:
+        print("reading the prompt from standard input (end it with Ctrl-D) ...", file=sys.stderr, flush=True)
+    try:
+        with open(0, encoding="utf-8", closefd=False) as file:  # sys.stdin has the encoding of the locale
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input cannot be read as UTF-8 text ({error})") from None
+    except OSError:
+        return ""
 
 
 def describe(model, chosen: bool) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -107,7 +108,6 @@ MISTAKES = {
     "extra tensor": (["--config.checkpoint={extra}"], "model.surplus.weight"),
     "truncated tensor": (["--config.checkpoint={truncated}"], "truncated"),
     "long prompt": (["--config.checkpoint={good}", "--prompt=" + "x" * 300], "context of 256"),
-    "empty prompt": (["--config.checkpoint={good}", "--prompt="], "empty"),
     "small budget": (["--config.checkpoint={good}", "--config.offload.device_budget=1KiB"], "smallest"),
     "no such prompt file": (["--config.checkpoint={good}", "--prompt_file=/nowhere.txt"], "/nowhere.txt"),
     "bad output folder": (["--config.checkpoint={good}", "--output_json=/no/such/folder/x.json"], "/no/such/folder"),
@@ -151,6 +151,54 @@ def test_a_mistake_is_one_line_and_exit_code_2(places, mistake):
     assert len(lines) == 1 and lines[0].startswith("infer.py: error: ") and named.format(**places) in lines[0], (
         done.stderr
     )
+
+
+EARLY = {
+    "no tokens": (["--prompt=x", "--max_new_tokens=0"], "flag --max_new_tokens=0: 0 is not a positive integer"),
+    "a long seed": (["--prompt=x", f"--seed={2**63}"], f"flag --seed={2**63}: {2**63} is not an integer in the range"),
+    "empty prompt": (["--prompt=x", "--prompt="], "the prompt is empty; write some text after --prompt="),
+    "empty file": (["--prompt_file=/dev/null"], "--prompt_file=/dev/null is empty; write the prompt into it"),
+    "prompt of bytes": (["--prompt=caf\udce9"], "--prompt is not UTF-8 text"),
+    "system of bytes": (["--prompt=x", "--chat", "--system=caf\udce9"], "--system is not UTF-8 text"),
+    "one file twice": (
+        ["--prompt=x", "--report={good}/y", "--trace={good}/../{good.name}/x", "--output_json={good}/x"],
+        "--output_json and --trace are both {good}/../{good.name}/x; give each a file of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", EARLY)
+def test_a_mistake_that_needs_no_model_is_said_before_it_is_loaded(places, mistake):
+    flags, message = EARLY[mistake]
+    done = infer(*(flag.format(**places) for flag in flags))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("infer.py: error: " + message.format(**places)), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_standard_input_that_is_no_text_is_one_line():
+    done = subprocess.run(command(), input=b"caf\xe9", capture_output=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"infer.py: error: standard input cannot be read as UTF-8 text ('utf-8' codec can't")
+
+
+def test_who_waits_for_standard_input_says_so():
+    flags, pipe = command("--config.checkpoint=/nowhere"), subprocess.PIPE
+    with subprocess.Popen(flags, stdin=pipe, stderr=pipe, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        said = "reading the prompt from standard input (end it with Ctrl-D) ...\n"
+        assert select.select([process.stderr], [], [], 60)[0], "it waits and says nothing"
+        assert process.stderr.readline() == said
+        assert "/nowhere does not exist" in process.communicate("a prompt", timeout=300)[1]
+
+
+@pytest.mark.parametrize("without", ["<&-", "0>/dev/null"])
+def test_no_standard_input_is_no_prompt(checkpoint, without):
+    """Closed, or not to be read, as `nohup` leaves it."""
+    flags = command(f"--config.checkpoint={checkpoint}", "--max_new_tokens=2")
+    done = subprocess.run(["bash", "-c", f'"$@" {without}', "bash", *flags], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "No prompt given" in done.stdout and "standard input" not in done.stderr
 
 
 @pytest.fixture(scope="module")

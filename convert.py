@@ -24,16 +24,17 @@ QUANTIZATION = flags.DEFINE_string(
 )
 COMPARE = flags.DEFINE_multi_string("compare", [], "Text on which to compare predictions with the source; repeatable.")
 
+WINDOW = 256  # tokens of context in which predictions are compared
+
 
 def main() -> None:
     checkpoint, output = (needed(flag) for flag in (CHECKPOINT, OUTPUT))
-    if missing := [name for name in COMPARE.value if not Path(name).is_file()]:
-        raise UserError(f"--compare={missing[0]}: no such file")
 
     from moe_jax.checkpoint.convert import convert
     from moe_jax.checkpoint.converted import open_checkpoint
 
     source = open_checkpoint(checkpoint)
+    texts = read_texts(source) if COMPARE.value else {}
     began = time.perf_counter()
     with progress() as report:
         converted = convert(source, output, QUANTIZATION.value, report)
@@ -43,8 +44,8 @@ def main() -> None:
         f"{output}: {experts} experts of {converted.expert_bytes / 1e6:.4g} MB"
         f" ({source.expert_bytes / 1e6:.4g} MB in the source), {time.perf_counter() - began:.1f} s"
     )
-    if COMPARE.value:
-        compare(source, converted)
+    if texts:
+        compare(source, converted, texts)
     print(f"Run it with: python infer.py --config.checkpoint={output}")
 
 
@@ -54,20 +55,35 @@ def needed(flag) -> str:
     return flag.value
 
 
-def compare(source, converted) -> None:
+def read_texts(source) -> dict[str, list[int]]:
+    """Tokens of the texts to compare on, by file; what is wrong with them is said before the conversion."""
+    from moe_jax.inference.text import Tokenizer
+
+    tokenizer, least, texts = Tokenizer(source.directory), min(WINDOW, source.architecture.max_seq_len), {}
+    for name in COMPARE.value:
+        try:
+            text = Path(name).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            raise UserError(f"--compare={name}: no such file") from None
+        except OSError as error:
+            raise UserError(f"--compare={name} cannot be read ({error.strerror}); give a text file") from None
+        texts[name] = tokenizer.encode(text)
+        if len(texts[name]) < least:
+            raise UserError(f"--compare={name} has {len(texts[name])} tokens; give a text of at least {least}")
+    return texts
+
+
+def compare(source, converted, texts: dict[str, list[int]]) -> None:
     """Prints what quantisation costs on the given texts."""
     from rich.console import Console
     from rich.table import Table
 
     from moe_jax.evaluation import agreement
-    from moe_jax.inference.text import Tokenizer
 
-    tokenizer = Tokenizer(converted.directory)
     table = Table("text", "tokens", "KL, nats per token", "perplexity: source", "converted", "same first choice")
-    for name in COMPARE.value:
+    for name, ids in texts.items():
         with cli.status(f"comparing on {name}"):
-            ids = tokenizer.encode(Path(name).read_text(encoding="utf-8", errors="replace"))
-            r = agreement.compare(source, converted, ids)
+            r = agreement.compare(source, converted, ids, WINDOW)
         kl = round(r.kl, 5) + 0  # no -0.00000
         row = f"{kl:.5f}", f"{r.perplexity_reference:.4f}", f"{r.perplexity:.4f}", f"{100 * r.same_choice:.2f}%"
         table.add_row(Path(name).name, str(r.tokens), *row)

@@ -45,7 +45,7 @@ from pathlib import Path
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, outputs
 from moe_jax.errors import UserError
 
 OUTPUT = flags.DEFINE_string("output", None, "Where to write the settings; default: where every run looks for them.")
@@ -67,6 +67,8 @@ def main() -> None:
 
     platform, kind = jax.default_backend(), jax.devices()[0].device_kind
     output = Path(OUTPUT.value) if OUTPUT.value else settings_file(platform)
+    outputs.make_folder(f"--output={output}", output.absolute().parent)
+    outputs.check("output", output)
     print(f"{platform}: {kind}")
     with cli.status("reading from disk (1 of 4)"):
         reads = _reads(SECONDS.value)

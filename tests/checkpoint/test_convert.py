@@ -432,6 +432,11 @@ def test_script(source, tmp_path):
         (["--checkpoint=SOURCE", "--output=OUT", "--quantization=int5"], "not one of none, bf16, packed, int8, int4"),
         (["--checkpoint=SOURCE", "--output=OUT", "--quantisation=int8"], "did you mean --quantization?"),
         (["--checkpoint=SOURCE", "--output=OUT", "--compare=/nowhere"], "no such file"),
+        (["--checkpoint=SOURCE", "--output=OUT", "--compare=SOURCE"], "cannot be read (Is a directory)"),
+        (
+            ["--checkpoint=SOURCE", "--output=OUT", "--compare=SOURCE/tokenizer_config.json"],
+            "tokenizer_config.json has 36 tokens; give a text of at least 256",
+        ),
     ],
 )
 def test_script_says_what_is_wrong(source, tmp_path, flags, part):

@@ -112,3 +112,17 @@ def test_measures_and_writes_what_a_run_reads(tmp_path, monkeypatch):
 def test_mistakes(tmp_path, arguments, says):
     result = probe(tmp_path, *arguments)
     assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "output, says",
+    [
+        ("/proc/s.json", "--output=/proc/s.json cannot be written"),
+        (f"{__file__}/s.json", f"--output={__file__}/s.json: no folder can be made there"),
+        (str(ROOT), f"--output={ROOT} is a folder; name a file in it"),
+    ],
+)
+def test_where_it_cannot_write_it_measures_nothing(tmp_path, output, says):
+    result = probe(tmp_path, "--seconds=0", f"--output={output}")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("probe.py: error: " + says) and result.stderr.count("\n") == 1

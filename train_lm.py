@@ -26,6 +26,9 @@ def main() -> None:
     std_logging.getLogger("absl").addFilter(lambda record: "moe_jax" in record.pathname)  # not JAX's, not orbax's
     values = CONFIG.value.to_dict()
     config = loop.TrainConfig.from_dict(values)
+    outputs.make_folder(f"--config.output={config.output}", Path(config.output))
+    if EXPORT.value:
+        outputs.check_folder(f"--export={EXPORT.value}", Path(EXPORT.value))
     params = loop.train(config)
     if EXPORT.value:
         from moe_jax.checkpoint import export

@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moe_jax.errors import UserError
 
@@ -37,9 +38,12 @@ def check(flag: str, file: str | Path) -> None:
 
 
 def check_folder(what: str, folder: Path) -> None:
-    """Raises UserError, beginning with `what`, where no file can be made in a folder."""
-    with _elsewhere(what), tempfile.TemporaryFile(dir=folder):
-        pass
+    """Raises UserError, beginning with `what`, where no file can be made in a folder, or it cannot be made itself."""
+    with _elsewhere(what):
+        while not folder.exists():
+            folder = folder.absolute().parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def make_folder(what: str, folder: Path) -> None:
@@ -50,6 +54,28 @@ def make_folder(what: str, folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{what}: no folder can be made there ({error.strerror}); choose another place") from None
     check_folder(what, folder)
+
+
+def claim(folder: Path, run: dict[str, Any], others: str) -> None:
+    """Marks a folder's checkpoints as of this run, so that no other run goes on with them.
+
+    Args:
+      run: what the run depends on (JSON).
+      others: what the checkpoints are of if not of this run, for the message.
+
+    Raises:
+      UserError: they are of another run.
+    """
+    file, text = folder / "run.json", json.dumps(run, indent=1, sort_keys=True) + "\n"
+    if file.exists() and file.read_text() == text:
+        return
+    checkpoints = folder / "checkpoints"
+    if checkpoints.exists() and any(checkpoints.iterdir()):
+        raise UserError(f"{checkpoints} holds {others}; delete it or choose another --config.output")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, file)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,8 @@ def test_a_place_that_may_not_even_be_looked_at_is_one_line(tmp_path, nobody):
 
 
 def test_a_folder_is_made_or_said_to_be_impossible(tmp_path):
+    outputs.check_folder("--output", tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
     outputs.make_folder("--output", tmp_path / "a" / "b")
     assert not list((tmp_path / "a" / "b").iterdir())
     (tmp_path / "file").write_text("")

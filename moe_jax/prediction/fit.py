@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +26,7 @@ from absl import logging
 
 from moe_jax.config import choices
 from moe_jax.errors import UserError
-from moe_jax.outputs import room
+from moe_jax.outputs import claim, room
 from moe_jax.prediction import losses
 from moe_jax.prediction.activation_log import ActivationLog, Activations
 from moe_jax.prediction.closed_form import calibrate, least_squares, padded, rows_of, unwhiten
@@ -142,7 +140,7 @@ def fit(
     run: dict[str, Any] = {"fit": dataclasses.asdict(c), "spec": dataclasses.asdict(spec)}
     run |= {"train": log.identity(), "validation": validation.identity()}
     with room(directory, resumes=True):
-        _claim(directory, run)
+        claim(directory, run, "a fit of other settings, model or text")
 
     def look(state, step):
         sums = np.zeros(3)
@@ -265,19 +263,3 @@ def _rows(train: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
     epochs = {place // len(train) for place in places}
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(train) for epoch in epochs}
     return np.array([orders[place // len(train)][place % len(train)] for place in places])
-
-
-def _claim(directory: Path, run: dict[str, Any]) -> None:
-    """Marks checkpoints as of this run; refuses those of another."""
-    file, text = directory / "run.json", json.dumps(run, indent=1, sort_keys=True) + "\n"
-    directory.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        if any(directory.iterdir()):
-            raise UserError(f"{directory} is not a fit's folder; choose another --config.output")
-        partial = directory.with_name(directory.name + ".run")
-        partial.write_text(text)
-        os.replace(partial, file)
-    elif file.read_text() != text:
-        raise UserError(
-            f"{directory} holds a fit of other settings, model or text; delete it or choose another --config.output"
-        )

@@ -18,11 +18,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from moe_jax.checkpoint.families import mixtral
+from moe_jax.checkpoint.hf import reading
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
-from moe_jax.outputs import room
+from moe_jax.outputs import claim, room
 from moe_jax.prediction.scalars import JsonLines
 from moe_jax.training import corpus, lm
+
+_FREE = ("data", "output", "checkpoint_every", "evaluate_every")  # fields that a run may go on with other values of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +55,29 @@ class TrainConfig:
     checkpoint_every: int
     evaluate_every: int
 
+    def __post_init__(self):
+        for name in ("steps", "context", "final_context", "checkpoint_every", "evaluate_every"):
+            if not getattr(self, name) >= 1:
+                raise UserError(f"config.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("context", "final_context"):
+            if (window := getattr(self, name)) > self.batch_tokens:
+                raise UserError(f"config.batch_tokens={self.batch_tokens} must be at least config.{name}={window}")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """From a plain dictionary (a ConfigDict's `to_dict()`)."""
-        values = dict(values)
-        values["architecture"] = mixtral.architecture(**values["architecture"], bos_id=0, eos_ids=(1,))
+        """From a plain dictionary (a ConfigDict's `to_dict()`).
+
+        Raises:
+          UserError: a field is missing, unknown or out of range.
+        """
+        values, known = dict(values), {field.name for field in dataclasses.fields(cls)}
+        for problem, names in (("lacks", known - values.keys()), ("has unknown", values.keys() - known)):
+            if names:
+                raise UserError(f"the config {problem} {', '.join(sorted(names))}; see configs/tiny_lm.py")
+        try:
+            values["architecture"] = mixtral.architecture(**values["architecture"], bos_id=0, eos_ids=(1,))
+        except TypeError as error:
+            raise UserError(f"config.architecture is not complete ({error}); see configs/tiny_lm.py") from None
         return cls(**values)
 
 
@@ -114,13 +135,19 @@ def train(c: TrainConfig) -> dict[str, Any]:
     """Trains (or resumes) to `c.steps`; returns the final parameters `lm.Params`.
 
     Checkpoints lie under `c.output`/checkpoints. A killed run resumes from the newest complete one and ends with the
-    same parameters as an uninterrupted run: data depend on the step alone.
+    same parameters as an uninterrupted run: data depend on the step alone. (More steps than it was planned for would
+    not give those of a run that was planned so: the learning rate has gone to zero.)
 
     Raises:
-      UserError: there are no data, or the disk is full.
+      UserError: there are no data, the checkpoints are of a run with other settings or data, or the disk is full.
     """
     a = c.architecture
-    streams, domains = _load(Path(c.data))
+    output = Path(c.output).absolute()
+    streams, manifest = _load(Path(c.data))
+    domains = manifest["domains"]
+    settings = {name: x for name, x in dataclasses.asdict(c).items() if name not in _FREE}
+    with room(output, resumes=True):
+        claim(output, {"settings": settings, "data": manifest}, "a run of other settings or data")
     graph, params = lm.init_params(a, c.seed)
     tx = optimizer(c)
     state = {"params": params, "opt": tx.init(params)}
@@ -141,7 +168,6 @@ def train(c: TrainConfig) -> dict[str, Any]:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2, save_interval_steps=c.checkpoint_every, cleanup_tmp_directories=True
     )
-    output = Path(c.output).absolute()
     checkpoints = output / "checkpoints"
     with (
         contextlib.closing(JsonLines(output / "log.jsonl")) as log,
@@ -185,8 +211,9 @@ def train(c: TrainConfig) -> dict[str, Any]:
 
 
 def _load(data: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
-    """Token streams by split and domain, and what the manifest says of each domain."""
-    if not (data / "manifest.json").exists():
-        raise UserError(f"no training data in {data}; `pydoc moe_jax.training.corpus` says how to make it")
-    streams = {split: corpus.load_streams(data, split) for split in ("train", "validation")}
-    return streams, json.loads((data / "manifest.json").read_text())["domains"]
+    """Token streams by split and domain, and the manifest."""
+    with reading(data):
+        if not (data / "manifest.json").exists():
+            raise UserError(f"no training data in {data}; `pydoc moe_jax.training.corpus` says how to make it")
+        streams = {split: corpus.load_streams(data, split) for split in ("train", "validation")}
+        return streams, json.loads((data / "manifest.json").read_text())

@@ -8,11 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+import pytest
 from safetensors import safe_open
 
-from moe_jax.training import corpus
+from configs import tiny_lm  # pyright: ignore[reportMissingImports]
+from moe_jax.errors import UserError
+from moe_jax.training import corpus, loop
 from tests.full_disk import files_of_at_most
 
 ROOT = Path(__file__).parents[2]
@@ -35,10 +40,10 @@ def write_data(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({"domains": domains}))
 
 
-def train(data: Path, output: Path) -> subprocess.Popen:
-    overrides = {
-        "data": data,
-        "output": output,
+def overrides(data: Path, output: Path) -> dict[str, Any]:
+    return {
+        "data": str(data),
+        "output": str(output),
         "steps": STEPS,
         "checkpoint_every": EVERY,
         "evaluate_every": 30,
@@ -58,9 +63,20 @@ def train(data: Path, output: Path) -> subprocess.Popen:
         "architecture.expert_ff": 8,
         "architecture.max_seq_len": 32,
     }
-    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
+
+
+def train(data: Path, output: Path, *more: str) -> subprocess.Popen:
+    flags = [f"--config.{name}={value}" for name, value in overrides(data, output).items()]
     command = [sys.executable, str(ROOT / "train_lm.py"), f"--config={ROOT}/configs/tiny_lm.py", *flags]
-    return subprocess.Popen([*command, f"--export={output}/model"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command += [f"--export={output}/model", *more]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def settings(data: Path, output: Path, **others: Any) -> dict[str, Any]:
+    """The same, of fewer steps, and some other than that, for a run in this process."""
+    c = tiny_lm.get_config()
+    c.update_from_flattened_dict(overrides(data, output) | {"steps": 4, "decay_steps": 2} | others)
+    return c.to_dict()
 
 
 def weights(directory: Path) -> dict[str, bytes]:
@@ -95,3 +111,53 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path):
     assert resumed.returncode == 0, log
     assert "resumed from step" in log
     assert weights(tmp_path / "killed" / "model") == weights(tmp_path / "whole" / "model")
+
+
+def test_only_the_same_run_goes_on(tmp_path):
+    """Whatever else is asked for would get the parameters of the run that is there."""
+    data, output = tmp_path / "data", tmp_path / "run"
+    write_data(data)
+    begin = lambda **others: loop.train(loop.TrainConfig.from_dict(settings(data, output, **others)))
+    params = begin()
+    refusal = f"^{output}/checkpoints holds a run of other settings or data; delete it or choose another"
+    for others in ({"learning_rate": 4e-3}, {"seed": 1}, {"steps": 6}, {"architecture.num_experts": 3}):
+        with pytest.raises(UserError, match=refusal):
+            begin(**others)
+    again = begin(checkpoint_every=1, evaluate_every=1)
+    assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(params)))
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "of another text"}))
+    with pytest.raises(UserError, match=refusal):
+        begin()
+    assert loop.train(loop.TrainConfig.from_dict(settings(data, tmp_path / "other", learning_rate=4e-3)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_tokens": 15}, "config.batch_tokens=15 must be at least config.context=16"),
+        ({"batch_tokens": 31}, "config.batch_tokens=31 must be at least config.final_context=32"),
+        ({"evaluate_every": 0}, "config.evaluate_every must be at least 1, not 0"),
+        ({"steps": None, "z_loss": None}, "the config lacks steps, z_loss; see configs/tiny_lm.py"),
+        ({"stepz": 3}, "the config has unknown stepz; see configs/tiny_lm.py"),
+        ({"architecture": {"d_model": 16}}, "config.architecture is not complete .*'vocab_size'.*; see configs"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(tmp_path, change, message):
+    values = settings(tmp_path, tmp_path) | change
+    with pytest.raises(UserError, match=f"^{message}"):
+        loop.TrainConfig.from_dict({name: value for name, value in values.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--export=/proc/x", "--export=/proc/x cannot be written"),
+        (f"--export={__file__}", f"--export={__file__} cannot be written (Not a directory)"),
+        ("--config.output=/proc/x", "--config.output=/proc/x: no folder can be made there"),
+    ],
+)
+def test_where_it_cannot_write_it_trains_nothing(tmp_path, flag, message):
+    done = train(tmp_path / "no data yet", tmp_path / "run", flag)
+    assert done.communicate(timeout=300)[1].startswith(f"train_lm.py: error: {message}")
+    assert done.returncode == 2

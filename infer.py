@@ -37,12 +37,12 @@ DEFAULT_PROMPTS = ["And the LORD said unto", "def read_file(path):\n"]
 
 
 def main() -> None:
-    written = [flag for flag in (OUTPUT_JSON, TRACE, REPORT) if flag.value]
-    for flag in written:
-        outputs.check(flag.name, flag.value)
-    for one, other in itertools.combinations(written, 2):
-        if Path(one.value).resolve() == Path(other.value).resolve():
-            raise UserError(f"--{one.name} and --{other.name} are both {other.value}; give each a file of its own")
+    written = {flag.name: flag.value for flag in (OUTPUT_JSON, TRACE, REPORT) if flag.value}
+    for name, file in written.items():
+        outputs.check(name, file)
+    for (one, file), (other, same) in itertools.combinations(written.items(), 2):
+        if Path(file).resolve() == Path(same).resolve():
+            raise UserError(f"--{one} and --{other} are both {same}; give each a file of its own")
     if SYSTEM.value and not CHAT.value:
         raise UserError("--system needs --chat")
     prompts, chosen = read_prompts()  # may wait for them

@@ -46,6 +46,10 @@ ABLATE = flags.DEFINE_multi_string(
 )
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "Write scores and timings to this file.")
 
+FIELDS = {
+    *("checkpoint", "output", "tier", "device_budget", "horizon", "window", "max_tokens", "max_scored_tokens"),
+    *("dtype", "seed", "fit"),
+}
 CHOSEN_ON = 96  # windows of the validation texts that the best predictor of every layer is chosen on
 
 
@@ -56,6 +60,8 @@ def main() -> None:
         raise UserError("--score, --calibrate and --ablate are different things to do; give one of them")
     started = time.time()
     c = CONFIG.value.to_dict()
+    if absent := sorted(FIELDS - c.keys()):
+        raise UserError(f"the config lacks {', '.join(absent)}; see configs/predictor.py")
 
     from moe_jax.config import Config
     from moe_jax.inference import activations

@@ -215,3 +215,10 @@ def test_mistakes_are_one_line(place, flags, message):
     result = run(place, "mistaken", *flags)
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_another_scripts_config_is_refused_in_one_line():
+    script = [sys.executable, str(ROOT / "train_predictor.py"), f"--config={ROOT}/configs/mixtral.py"]
+    result = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "the config lacks device_budget, fit, " in result.stderr.splitlines()[-1]

@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from moe_jax.errors import UserError
+from moe_jax.inference import added_tokens
 
 SPACE = "\u2581"  # stands for a space in pieces
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -84,11 +85,11 @@ def build(model: Model, config: Mapping[str, Any], added: Mapping[str, int]) -> 
     """The tokenizer of a checkpoint; it puts no bos in front.
 
     Args:
-      config: tokenizer_config.json, for `legacy` and `added_tokens_decoder`.
+      config: tokenizer_config.json, for `legacy` and the tokens it declares.
       added: added_tokens.json: ids of tokens beyond the model's.
 
     Raises:
-      UserError: the ids of added tokens do not follow those of the model.
+      UserError: the ids of added tokens do not follow those of the model, or they are damaged.
     """
     vocabulary = {piece.text: id for id, piece in enumerate(model.pieces)}
     backend = tokenizers.Tokenizer(
@@ -117,14 +118,7 @@ def build(model: Model, config: Mapping[str, Any], added: Mapping[str, int]) -> 
         for id, piece in enumerate(model.pieces)
         if piece.kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     }
-    tokens |= {id: AddedToken(text, normalized=False, special=True) for text, id in added.items()}
-    for id, entry in (config.get("added_tokens_decoder") or {}).items():
-        options = {name: entry[name] for name in ("special", "lstrip", "rstrip", "single_word") if name in entry}
-        tokens[int(id)] = AddedToken(entry["content"], normalized=entry.get("normalized", False), **options)
-    for id, token in sorted(tokens.items()):
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if (got := backend.token_to_id(token.content)) != id:
-            raise UserError(f"the tokenizer gives {token.content!r} the id {id}, where {got} comes next; {_HOW_TO}")
+    added_tokens.add(backend, config, added, own=tokens)
     return backend
 
 

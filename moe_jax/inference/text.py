@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moe_jax.checkpoint.hf import read_json, reading
 from moe_jax.errors import UserError
-from moe_jax.inference import sentencepiece
+from moe_jax.inference import added_tokens, sentencepiece
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 REPLACEMENT = "\ufffd"
@@ -36,19 +36,23 @@ class Tokenizer:
           UserError: there is neither, or one of the files is damaged or cannot be read.
         """
         self.directory = directory = Path(directory)
-        names = "special_tokens_map.json", "tokenizer_config.json"
-        self._config = {key: x for name in names for key, x in (read_json(directory / name) or {}).items()}
+        self._config = read_json(directory / "tokenizer_config.json") or {}
+        added = {}
+        if added_tokens.DECODER not in self._config:  # where it is, `transformers` reads no other file
+            self._config |= read_json(directory / "special_tokens_map.json") or {}
+            added = read_json(directory / "added_tokens.json") or {}
         file, old = directory / "tokenizer.json", directory / "tokenizer.model"
         if file.is_file():
             try:
                 self.backend = tokenizers.Tokenizer.from_file(str(file))
             except Exception as error:  # the package raises plain Exception
                 raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); download it again") from None
+            added_tokens.add(self.backend, self._config, added)
         elif old.is_file():
             with reading(old):
                 model = sentencepiece.read_model(old)
             self._config = {"add_bos_token": True, **model.special, **self._config}
-            self.backend = sentencepiece.build(model, self._config, read_json(directory / "added_tokens.json") or {})
+            self.backend = sentencepiece.build(model, self._config, added)
         else:
             raise UserError(
                 f"{directory} has no tokenizer.json and no tokenizer.model; write one there with"

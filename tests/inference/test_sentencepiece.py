@@ -185,11 +185,12 @@ def test_as_transformers(tmp_path, legacy):
 
 
 def test_added_tokens(tmp_path):
-    tokenizer = opened(tmp_path, trained(), added_tokens={"<|im_end|>": 600, "<|im_start|>": 601})
+    added = {"<|im_end|>": 600, "<|im_start|>": 601}
+    tokenizer = opened(tmp_path, trained(), added_tokens=added, tokenizer_config={"eos_token": "<|im_end|>"})
     ids = tokenizer.encode("<|im_start|>user<|im_end|>")
     assert ids[1] == 601 and ids[-1] == 600
-    assert tokenizer.decode(ids) == "user"
-    with pytest.raises(UserError, match=r"gives '<x>' the id 700, where 600 comes next; write a tokenizer.json"):
+    assert tokenizer.decode(ids) == "<|im_start|> user"  # only what is named is special
+    with pytest.raises(UserError, match=r"added_tokens\.json gives '<x>' the id 700, where 600 comes next; download"):
         opened(tmp_path, trained(), added_tokens={"<x>": 700})
 
 

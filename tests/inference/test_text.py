@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from moe_jax.errors import UserError
 from moe_jax.inference.text import REPLACEMENT, StreamDecoder, Tokenizer
@@ -179,6 +179,91 @@ def test_a_prompt_is_neither_cut_nor_padded(tmp_path):
     tokenizer = opened(tmp_path, backend)
     assert tokenizer.decode(tokenizer.encode(TEXT[0])) == TEXT[0]
     assert len(tokenizer.encode("a")) == 2
+
+
+END = "<|im_end|>"
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+LATE = {"content": END, "special": True, **FLAGS}
+DECODER = {"325": LATE}  # byte_level has 325 tokens
+
+
+@pytest.mark.parametrize(
+    "files, text",
+    [
+        ({"tokenizer_config": {"added_tokens_decoder": DECODER}}, "ab"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"325": {**LATE, "special": False}}}}, "a<|im_end|>b"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"325": {**LATE, "special": False}}, "eos_token": END}}, "ab"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"325": {**LATE, "lstrip": True}}}}, "ab"),
+        ({"tokenizer_config": {"eos_token": END}}, "ab"),
+        ({"tokenizer_config": {"eos_token": {"__type": "AddedToken", **LATE}}}, "ab"),
+        ({"tokenizer_config": {"image_token": END}}, "ab"),
+        ({"tokenizer_config": {"additional_special_tokens": [END]}}, "ab"),
+        ({"tokenizer_config": {"extra_special_tokens": [END]}}, "ab"),
+        ({"tokenizer_config": {"extra_special_tokens": {"image_token": END}}}, "ab"),
+        ({"special_tokens_map": {"eos_token": LATE}}, "ab"),
+        ({"special_tokens_map": {"eos_token": END}, "tokenizer_config": {"eos_token": "</s>"}}, "ab"),
+        ({"special_tokens_map": {"additional_special_tokens": [END]}}, "ab"),
+        ({"added_tokens": {END: 325}}, "a<|im_end|>b"),
+        ({"added_tokens": {END: 325}, "special_tokens_map": {"eos_token": END}}, "ab"),
+        ({"added_tokens": {END: 325, "<x>": 326}, "tokenizer_config": {"added_tokens_decoder": DECODER}}, "ab"),
+    ],
+)
+def test_tokens_that_only_other_files_declare(tmp_path, files, text):
+    """One id each, as in transformers, and left out of a text where they are special."""
+    for name, value in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **files.get("tokenizer_config", {})}
+    tokenizer = opened(tmp_path, byte_level(), tokenizer_config=config)
+    ids = tokenizer.encode(f"a{END}b")
+    assert ids.count(325) == 1 and tokenizer.decode(ids) == text
+    check_stream(tokenizer, [*ids, 325, 326])
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for prompt in (f"a{END}b", f"a {END} b</s><x>"):
+        ids = theirs(prompt).input_ids
+        assert tokenizer.encode(prompt) == ids
+        assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("declared", [{"eos_token": END}, {"additional_special_tokens": [END]}, {}])
+@pytest.mark.parametrize("stated", [True, False, None])
+def test_special_is_what_is_special_in_transformers(tmp_path, special, declared, stated):
+    """A token of tokenizer.json that tokenizer_config.json names, or states to be special or not."""
+    transformers = pytest.importorskip("transformers")
+    backend = byte_level()
+    backend.add_tokens([AddedToken(END, special=special, normalized=False)])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **declared}
+    if stated is not None:
+        config["added_tokens_decoder"] = {"325": {**LATE, "special": stated}}
+    tokenizer = opened(tmp_path, backend, tokenizer_config=config)
+    ids = tokenizer.encode(f"a{END}b")
+    assert ids[-2] == 325
+    assert tokenizer.decode(ids) == transformers.AutoTokenizer.from_pretrained(tmp_path).decode(
+        ids, skip_special_tokens=True
+    )
+    check_stream(tokenizer, [*tokenizer.encode("€")[:-1], 325, *tokenizer.encode("€")[-1:]])
+
+
+@pytest.mark.parametrize(
+    "name, value, part",
+    [
+        ("tokenizer_config", {"added_tokens_decoder": {"326": LATE}}, "gives '<|im_end|>' the id 326, where 325 comes"),
+        ("tokenizer_config", {"added_tokens_decoder": {"7": LATE}}, "tokenizer_config.json gives '<|im_end|>' the id"),
+        ("added_tokens", {END: 400}, "added_tokens.json gives '<|im_end|>' the id 400, where 325 comes next"),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": LATE}}, "are damaged"),
+        ("tokenizer_config", {"added_tokens_decoder": {"325": END.split()}}, "are damaged"),
+        ("tokenizer_config", {"added_tokens_decoder": [LATE]}, "are damaged"),
+        ("tokenizer_config", {"additional_special_tokens": [5]}, "are damaged"),
+        ("special_tokens_map", {"eos_token": {"content": 5}}, "are damaged"),
+        ("added_tokens", {END: None}, "are damaged"),
+    ],
+)
+def test_declared_tokens_that_cannot_be(tmp_path, name, value, part):
+    (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    with pytest.raises(UserError) as caught:
+        opened(tmp_path, byte_level())
+    assert part in str(caught.value) and "\n" not in str(caught.value) and "download" in str(caught.value)
 
 
 TEMPLATE = """{{ bos_token }}{% for m in messages %}

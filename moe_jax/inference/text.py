@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moe_jax.checkpoint.hf import read_json, reading
@@ -93,16 +95,17 @@ class Tokenizer:
         template = self._chat_template()
         # A template is code from the checkpoint: it runs in a sandbox, with the few functions that templates expect.
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        tokens = {name: self._token(name) or "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        # Tools and documents, which there are none of, are not undefined but none, as in `transformers`.
+        given = {**added_tokens.named(self._config), "messages": messages, "tools": None, "documents": None}
         try:
-            return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())
+            return environment.from_string(template).render(given, add_generation_prompt=True)
+        except Exception as error:  # it is code: it may divide by zero, or call itself for ever
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"the chat template of {self.directory} refuses these messages: {reason}") from None
 
     def _chat_template(self) -> str:
@@ -175,9 +178,25 @@ class StreamDecoder:
         return after[len(before) :]
 
 
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own filter escapes HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+class _Generation(Extension):
+    """`{% generation %}`, with which templates mark what the assistant says, for training; it is there to be read."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML. These arguments are those of `transformers`, in its order.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> None:

@@ -294,6 +294,51 @@ def test_chat_equals_transformers(tmp_path, where):
     assert ids.count(0) == 1
 
 
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{% if tools is not none %}tools{% endif %}{{ documents is none }}", "True"),
+        ("{{ tools is defined }} {{ pad_token is defined }} {{ eos_token is defined }}", "True False True"),
+        ("{{ unk_token }}|{{ image_token }}", "|<i>"),
+        ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
+        (
+            "{% for m in messages %}\n  {% generation %}\n{{ m.role }}\n  {% endgeneration %}\n{% endfor %}",
+            "system\nuser\n",
+        ),
+        ("{{ messages[1].content | tojson }}", '"naïve?"'),
+        ("{{ messages[1].content | tojson(true) }}", '"na\\u00efve?"'),
+        ("{{ [1, {'b': 2, 'a': 3}] | tojson(false, none, (',', ':'), true) }}", '[1,{"a":3,"b":2}]'),
+        ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+    ],
+)
+def test_templates_get_what_transformers_gives(tmp_path, template, text):
+    config = {"eos_token": "</s>", "pad_token": None, "image_token": "<i>", "chat_template": template}
+    tokenizer = opened(
+        tmp_path, byte_level(), tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    )
+    assert tokenizer.render_chat(MESSAGES) == text
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True) == text
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "maximum recursion depth exceeded"),
+        ("{{ '{2}'.format(1) }}", "tuple index out of range"),
+        ("{{ 'a' * 10**15 }}", "MemoryError"),
+        ("{% generation %}", "Unexpected end of template"),
+    ],
+)
+def test_a_template_that_fails(tmp_path, template, reason):
+    tokenizer = opened(tmp_path, byte_level(), tokenizer_config={"chat_template": template})
+    with pytest.raises(UserError, match=f"refuses these messages: {reason}") as caught:
+        tokenizer.apply_chat(MESSAGES)
+    assert "\n" not in str(caught.value)
+
+
 def test_chat_mistakes(tmp_path):
     tokenizer = opened(tmp_path, byte_level(), tokenizer_config={"bos_token": "<s>"})
     with pytest.raises(UserError, match="has no chat template"):

@@ -3,8 +3,9 @@
     open source ─► plan files ─► check the disk ─► dense ─► experts, a file per layer ─► config, index ─► manifest
                                                    └── after each file: fsync, rename, note its checksums in a journal
 
-Killed at any moment, the same call goes on after the last file that was noted, and ends with the same bytes. While one
-block is written the next is read, and quantised, as far as both fit into two experts and the largest dense array.
+Killed at any moment, the same call goes on after the last file that was noted, and ends with the same bytes. Once
+all is written, it copies what has changed beside the weights. While one block is written the next is read, and
+quantised, as far as both fit into two experts and the largest dense array.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def convert(
 ) -> Converted:
     """Writes `source` into the directory `output`, or finishes what an earlier call began there.
 
+    If all is finished, what is new or has changed beside the weights (a chat template, say) is copied; none is removed.
+
     Args:
       quantization: of the experts' matrices: one of `quantize.FORMATS`.
 
@@ -98,6 +101,7 @@ def convert(
         with _locked(output):
             finished = _begin(output, job)
             if finished is None:
+                _renew(source.directory, output)
                 return Converted(output)
             return _Conversion(source, output, job, finished, progress).run()
     except OSError as error:
@@ -268,6 +272,18 @@ def _begin(output: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     assert journal is not None
     size = lambda name: (output / name).stat().st_size if (output / name).is_file() else None
     return {name: entry for name, entry in journal["finished"].items() if size(name) == entry["bytes"]}
+
+
+def _renew(source: Path, output: Path) -> None:
+    """Copies the small files that a finished conversion lacks or has otherwise."""
+    for file in _small_files(source):
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+        there = output / file.name
+        if not there.is_file() or there.read_bytes() != data:
+            write_durably(there, data)
 
 
 @contextlib.contextmanager

@@ -155,6 +155,36 @@ def test_a_second_call_does_nothing(finished, source):
     assert {file: file.stat().st_mtime_ns for file in finished.iterdir()} == before
 
 
+def test_a_second_call_copies_what_has_changed_beside_the_weights(source, tmp_path):
+    """As if converted now; what someone else put there stays."""
+    copy, output = Path(shutil.copytree(source, tmp_path / "copy")), tmp_path / "out"
+    (copy / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert convert(HFCheckpoint(copy), output).architecture.eos_ids == (5,)
+    (output / "notes.txt").write_text("mine")
+    before = {file.name: file.stat().st_mtime_ns for file in output.iterdir()}
+    (copy / "generation_config.json").write_text('{"eos_token_id": 6}')
+    (copy / "chat_template.jinja").write_text("new")
+    (output / "tokenizer.json").unlink()
+    assert convert(HFCheckpoint(copy), output).architecture.eos_ids == (6,)
+    convert(HFCheckpoint(copy), tmp_path / "now")
+    assert contents(output) == {**contents(tmp_path / "now"), "notes.txt": b"mine"}
+    written = {file.name for file in output.iterdir() if before.get(file.name) != file.stat().st_mtime_ns}
+    assert written == {"generation_config.json", "chat_template.jinja", "tokenizer.json"}
+
+
+def test_a_second_call_names_a_file_that_cannot_be_read(source, copy, monkeypatch):
+    read = Path.read_bytes
+
+    def refuse(file):
+        if file == source / "tokenizer.json":
+            raise PermissionError(13, "Permission denied")
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"source.*/tokenizer\.json cannot be read: Permission denied"):
+        convert(HFCheckpoint(source), copy)
+
+
 def refused(directory, *parts) -> None:
     with pytest.raises(UserError) as caught:
         checkpoint = open_checkpoint(directory)

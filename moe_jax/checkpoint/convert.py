@@ -277,10 +277,8 @@ def _begin(output: Path, job: dict[str, Any]) -> dict[str, Any] | None:
 def _renew(source: Path, output: Path) -> None:
     """Copies the small files that a finished conversion lacks or has otherwise."""
     for file in _small_files(source):
-        try:
+        with reading(file):
             data = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
         there = output / file.name
         if not there.is_file() or there.read_bytes() != data:
             write_durably(there, data)

@@ -310,6 +310,26 @@ MUTANTS = {
     "what predictions cost the host is forgotten": Mutant(
         "moe_jax/offload/benefit.py", {"cost = cost_s + self._host": "cost = cost_s"}, "tests/offload/test_benefit.py"
     ),
+    "a way has what the one before has left": Mutant(
+        "moe_jax/evaluation/quality.py",
+        {"                source.forget()\n": "                source.resident()\n"},
+        "tests/evaluation/test_quality.py",
+    ),
+    "windows that fill a batch up count": Mutant(
+        "moe_jax/evaluation/quality.py",
+        {"state.active = state.active & np.pad": "state.active & np.pad"},
+        "tests/evaluation/test_quality.py",
+    ),
+    "few turns are as good as many": Mutant(
+        "moe_jax/evaluation/paired.py",
+        {"stdtrit(turns - 1, 0.025)": "stdtrit(1000, 0.025)"},
+        "tests/evaluation/test_paired.py",
+    ),
+    "rope_scaling beside rope_parameters is left out": Mutant(
+        "moe_jax/checkpoint/config_reader.py",
+        {"for fields in given.values()}) > 1": "for fields in given.values()}) > 2"},
+        "tests/families/test_refusals.py",
+    ),
     "a second text goes on with the figures of the first": Mutant(
         "moe_jax/inference/generate.py",
         {"            engine.source.trace = self.trace\n": "            pass\n"},

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.evaluation import paired
 from moe_jax.inference import execution, metrics
 from moe_jax.inference.engine import Engine
 from moe_jax.inference.resident import ResidentExperts
@@ -126,7 +127,8 @@ def read(
       rows: windows that decode together, a power of two.
     """
     W, T = windows.shape
-    sums, departures = np.zeros((len(chosen), 4)), [[] for _ in chosen]
+    sums = np.zeros((len(chosen), 4))
+    departures: list[list[tuple[float, int]]] = [[] for _ in chosen]  # of each batch, and its windows
     for start in range(0, W, rows):
         part = windows[start : start + rows]
         counted = np.arange(rows) < len(part)
@@ -134,7 +136,9 @@ def read(
         part = np.concatenate([part, np.repeat(part[:1], rows - len(part), axis=0)])
         states: list[DecodeState] = []
         for way in chosen:
-            states.append(way.quality.prefill(part[:, :1].tolist(), T)[1])
+            state = way.quality.prefill(part[:, :1].tolist(), T)[1]
+            state.active = state.active & np.pad(counted, (0, len(state.active) - rows))
+            states.append(state)
             way.quality.record = Record()
         try:
             for position in range(1, T - 1):
@@ -149,19 +153,20 @@ def read(
             for way, found in zip(chosen, departures, strict=True):
                 record, way.quality.record = way.quality.record, None
                 if record is not None and (share := metrics.departed(record)) is not None:
-                    found.append(share)
+                    found.append((share, int(counted.sum())))
     return [_quality(total, sums[0], found) for total, found in zip(sums, departures, strict=True)]
 
 
-def _quality(total: np.ndarray, exact: np.ndarray, departures: list[float]) -> Quality:
+def _quality(total: np.ndarray, exact: np.ndarray, departures: list[tuple[float, int]]) -> Quality:
     kl, nats, same, count = total
+    shares, windows = zip(*departures, strict=True) if departures else ((), ())
     return Quality(
         int(count),
         math.exp(nats / count),
         math.exp((nats - exact[1]) / count),
         float(kl / count),
         float(same / count),
-        float(np.mean(departures)) if departures else None,
+        float(np.average(shares, weights=windows)) if departures else None,
     )
 
 
@@ -238,6 +243,8 @@ def generate(
 ) -> list[Speed]:
     """Continues every prompt greedily in all ways, in turn, so that what disturbs the machine disturbs all alike.
 
+    Each starts with an empty store that remembers nothing: the way before had the same text.
+
     Args:
       chosen: the first is the exact one.
       new_tokens: most to generate after each prompt; a text may end before.
@@ -249,21 +256,22 @@ def generate(
     original = model.engine
     try:
         for turn, prompt in enumerate([prompts[0], *prompts]):  # the first turn warms up
-            exact: list[int] = []
-            for i, way in enumerate(chosen):
+            written: dict[int, list[int]] = {}
+            for i, way in paired.rotated([*enumerate(chosen)], turn):
                 model.engine = way.speed
-                source.resident()  # drops what the way before has predicted: nothing is loaded for it any more
+                source.forget()
                 generation = model.start([prompt], new_tokens, Sampling())
                 generation.trace = way.trace if turn else Trace()
                 for _ in generation:
                     pass
-                ids = generation.outputs[0].token_ids
-                exact = exact or ids
+                written[i] = generation.outputs[0].token_ids
                 if turn:
                     way.step_s += generation.timing.step_s
-                    same[i].append(_common(exact, ids))
-                progress(turn * len(chosen) + i + 1)
-            lengths += [len(exact)] if turn else []
+                progress(turn * len(chosen) + len(written))
+            if turn:
+                lengths.append(len(written[0]))
+                for i, found in enumerate(same):
+                    found.append(_common(written[0], written[i]))
     finally:
         model.engine = original
     size, length = source.store.expert_bytes, float(np.mean(lengths))
@@ -299,14 +307,14 @@ def row(way: Way, by_text: dict[str, Quality], speed: Speed) -> dict[str, Any]:
     """For JSON; `mean` is over all tokens of all texts."""
     tokens = sum(quality.tokens for quality in by_text.values())
     mean = lambda f: sum(f(quality) * quality.tokens for quality in by_text.values()) / tokens
-    departed = [quality.departed for quality in by_text.values() if quality.departed is not None]
+    departs = all(quality.departed is not None for quality in by_text.values())
     overall = Quality(
         tokens,
         math.exp(mean(lambda q: math.log(q.perplexity))),
         math.exp(mean(lambda q: math.log(q.perplexity_ratio))),
         mean(lambda q: q.kl),
         mean(lambda q: q.same_choice),
-        float(np.mean(departed)) if departed else None,
+        mean(lambda q: q.departed) if departs else None,
     )
     return {
         "mode": way.mode,

@@ -184,6 +184,14 @@ class Loader(Decisions):
                     continue
             time.sleep(1e-4)  # a last copy is in flight
 
+    def forget(self, outlook: Outlook) -> None:
+        """Begins anew, with no expert on the device and nothing expected but what `outlook` expects."""
+        self.make_room(self.store.capacity)
+        with self._lock:
+            self.store.begin_anew()
+            self._outlook, self.benefit = outlook, Benefit()
+            self._busy, self._last_request = 1.0, 0.0
+
     def close(self) -> None:
         """Stops, and drops every expert. May be called again."""
         with self._lock:

@@ -109,7 +109,8 @@ class OffloadedExperts:
         self._keys = [(layer, expert) for layer in range(a.num_moe_layers) for expert in range(a.num_experts)]
         share = budget_bytes // bank.expert_bytes // a.num_moe_layers if per_layer else 0
         store = ArrayStore(budget_bytes, bank.expert_bytes, policy or LRU(), (a.num_moe_layers, a.num_experts), share)
-        outlook = Outlook(a.num_moe_layers, a.num_experts, a.top_k, expect)
+        self._new_outlook = lambda: Outlook(a.num_moe_layers, a.num_experts, a.top_k, expect)
+        outlook = self._new_outlook()
         options = {"link_gbps": link_gbps, "delay": delay}
         self._loader: Loader = (
             ThreadLoader(bank, store, outlook, threads=threads, **options)
@@ -210,6 +211,10 @@ class OffloadedExperts:
         """The experts on the device. Speculation stops until the next prediction, so that they stay."""
         self._loader.make_room(0)
         return [entry.weights for entry in self.store.resident.values()]
+
+    def forget(self) -> None:
+        """Drops every expert, and what is remembered of earlier texts: what comes next starts as from a new source."""
+        self._loader.forget(self._new_outlook())
 
     def wants_prediction(self, cost_s: float) -> bool:
         """Whether predictions of `cost_s` seconds per token are likely to gain more than that; once per token."""

@@ -112,6 +112,10 @@ class ArrayStore:
         self.in_flight.pop(key).gone = True
         self._of_layer[key[0]] -= 1
 
+    def begin_anew(self) -> None:
+        """The policy forgets what was used."""
+        self._state = self._policy.init()
+
     def use(self, key: Key, needed: bool = True) -> None:
         """Tells the policy that `key` is needed, or was worth a speculative load."""
         self._state = self._policy.on_use(self._state, key, needed)

@@ -80,6 +80,27 @@ def test_generations_take_turns_and_are_compared_with_exact(model):
             assert speed.waited_bytes == pytest.approx(speed.demand_bytes) and speed.speculative_bytes == 0
 
 
+def test_what_a_way_finds_does_not_depend_on_who_ran_before(model):
+    """An earlier way had the same text: what it left in the store, and what the loader remembers, are no merit."""
+    chosen = quality.ways(model, [], ["none", "router", "none", "router"], rows=1)
+    assert [way.predictor for way in chosen] == ["none", "router"] * 2
+    none, router, none_again, router_again = quality.generate(model, chosen, ["abc", "second"], 8)
+    assert none.waited_bytes == none_again.waited_bytes and none.hit_rate == none_again.hit_rate
+    assert none.demand_bytes > 0
+    loaded = [speed.demand_bytes + speed.speculative_bytes for speed in (router, router_again)]
+    assert loaded[0] == pytest.approx(loaded[1], rel=0.2)  # what is loaded ahead depends on time
+
+
+def test_windows_that_fill_a_batch_up_do_not_count(model):
+    """The last of three windows alone makes the second batch."""
+    for name in ("router", "repeat"):
+        one, two = (quality.recall_by_layer(model, name, windows(), rows=rows) for rows in (1, 2))
+        assert one == pytest.approx(two)
+    gated = lambda rows: quality.ways(model, ["speculative_gated"], ["router"], rows=rows)[1]
+    departed = [quality.read([gated(rows)], windows(), rows=rows)[0].departed for rows in (1, 2, 4)]
+    assert departed[0] == pytest.approx(departed[1]) == pytest.approx(departed[2])
+
+
 def test_only_what_was_generated_counts(model, tmp_path):
     """Of a model that ends its text, which greedy generation without eos shows where."""
     going_on = model.start(["abc"], 8)

@@ -104,8 +104,9 @@ def table(
     loaded if the experts of only so many tokens ahead are known, but those exactly.
 
     `modes`: one row each. `ratio_to_lru` is of means, paired by turn; `overlap_of_machine` is the mode's overlap over
-    that of the machine; `loads_to_belady` counts every load, speculative and wasted ones too; `wasted_of_idle` is the
-    link time of speculation that was never used, over the link time that LRU on demand leaves idle.
+    that of the machine, null where the latter's interval reaches down to none; `loads_to_belady` counts every load,
+    speculative and wasted ones too; `wasted_of_idle` is the link time of speculation that was never used, over the link
+    time that LRU on demand leaves idle.
     """
     turns, layers = len(limits), lab.architecture.num_moe_layers
     used = [requests[turn % len(requests)] for turn in range(turns)]
@@ -136,6 +137,8 @@ def table(
         "every_expert_resident": lab.resident,  # while C was measured; otherwise the budget's experts stood for all
     }
     baseline = next((runs for mode, runs in measured.items() if mode.name == BASELINE), None)
+    hidden = lambda times: lambda t: float((compute + transfer - times)[t].mean())
+    overlaps = paired.interval(hidden(together), turns)["low"] > 0  # the machine does; otherwise nothing to divide by
     rows = []
     for mode, runs in measured.items():
         row = _row(lab, mode, runs, used, budget_bytes)
@@ -144,9 +147,8 @@ def table(
         moves = runs[0].summary is not None and not mode.upcast  # C is that of the configured upcast
         row["overlap_share"] = overlap(times)(every) if moves else None
         row["overlap_of_machine"] = None
-        if row["overlap_share"] is not None and (shared["machine_overlap_share"] or 0) > 0:
-            hidden = lambda t, times: (compute + transfer - times)[t].mean()
-            quotient = lambda t, times=times: float(hidden(t, times) / hidden(t, together))  # noqa: B023
+        if row["overlap_share"] is not None and overlaps:
+            quotient = lambda t, times=times: hidden(times)(t) / hidden(together)(t)
             row["overlap_of_machine"] = paired.interval(quotient, turns)
         row["wasted_of_idle"] = None
         if moves and baseline and rate:

@@ -5,7 +5,7 @@
 
 Every other flag is lm-eval's own. Arguments of the model are `config` (a document such as configs/mixtral.py, whose
 values the others replace), `execution`, `predictor`, and any field of the configuration; `--batch_size` is the
-configuration's too.
+configuration's too. `seed` is that of the first text that is sampled (`do_sample`); each one after has the next.
 
 A context is prefilled, exactly in every mode, but for its last token: what is scored or generated comes out of decode
 steps, where modes act. (A context of one token, as every text of `loglikelihood_rolling` has, leaves the first
@@ -40,16 +40,20 @@ _LM_EVAL = ("max_batch_size", "device", "metadata")  # what lm_eval gives every 
 class MoeJax(TemplateLM):
     """See the module. Requests are sorted by length, so that batches hold rows of about the same."""
 
-    def __init__(self, config: str = "", **fields: Any):
+    def __init__(self, config: str = "", seed: int = 0, **fields: Any):
         """
         Args:
           config: path of a configuration document; empty: the defaults, that is the shipped model.
+          seed: of sampled texts.
           fields: of the configuration, nested ones as `offload.device_budget`.
 
         Raises:
           UserError: a field or value that `Config` refuses.
         """
         super().__init__()
+        if not isinstance(seed, int):
+            raise UserError(f"seed={seed} is no whole number")
+        self._seed = seed
         values = _document(config) if config else {}
         for name, value in fields.items():
             if name in _LM_EVAL or (name == "batch_size" and not str(value).isdigit()):  # "auto"
@@ -140,9 +144,11 @@ class MoeJax(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        return [self._generate(*request.args) for request in track(requests, "generating", disable=disable_tqdm)]
+        # A seed each: the repeats of a request are texts of their own.
+        tracked = track(enumerate(requests, self._seed), "generating", len(requests), disable=disable_tqdm)
+        return [self._generate(*request.args, seed=seed) for seed, request in tracked]
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
+    def _generate(self, context: str, options: dict[str, Any], seed: int) -> str:
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
         count = int(options.get("max_gen_toks", 256))
@@ -151,7 +157,7 @@ class MoeJax(TemplateLM):
         if room < 1:
             raise UserError(f"max_gen_toks={count} leaves no room for a context")
         ids = self.tok_encode(context)[-room:]
-        sampling = Sampling(temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)))
+        sampling = Sampling(temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)), seed)
         generation = Generation(self.model.engine, self.model.tokenizer, [context], [ids], count, sampling, 1)
         text = ""
         for piece in _pieces(generation):

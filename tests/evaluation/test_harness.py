@@ -108,11 +108,23 @@ def test_texts_end_at_a_stop(directory):
     assert stopped == whole[: whole.index(whole[3])]
 
 
+def test_repeats_of_a_sampled_request_are_texts_of_their_own(directory):
+    sampled = ("abc", {"max_gen_toks": 12, "do_sample": True, "temperature": 1.0})
+    three, again, other = (
+        load(directory, **fields).generate_until(requests(sampled, sampled, sampled), disable_tqdm=True)
+        for fields in ({}, {}, {"seed": 7})
+    )
+    assert len(set(three)) == 3 and three == again
+    assert not set(three) & set(other)
+
+
 def test_mistakes_are_said(directory):
     with pytest.raises(UserError, match="unknown config field exection; did you mean execution"):
         load(directory, exection="exact")
     with pytest.raises(UserError, match="no such configuration document"):
         load(directory, config="nowhere.py")
+    with pytest.raises(UserError, match="seed=one is no whole number"):
+        load(directory, seed="one")
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from moe_jax.inference.session import Model
 
 _SHORT = {"predictor": "prefetch.predictor"}
 _LM_EVAL = ("max_batch_size", "device", "metadata")  # what lm_eval gives every model and this one has no use for
+_END = "(the answer goes on here) "  # its last space tells whether the template trims
 
 
 class MoeJax(TemplateLM):
@@ -81,6 +82,35 @@ class MoeJax(TemplateLM):
     def prefix_token_id(self) -> int:
         bos = self.model.checkpoint.architecture.bos_id
         return self.eot_token_id if bos is None else bos
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The source of the template, for lm_eval's records.
+
+        Raises:
+          UserError: the checkpoint has none; or one is asked for by name.
+        """
+        if isinstance(chat_template, str):
+            raise UserError(f"--apply_chat_template={chat_template}: only the default template is used; give no name")
+        return self.model.tokenizer.chat_template()
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation; `tok_encode` adds no second bos to it.
+
+        Without a generation prompt the last message is an answer that a task has begun (`gen_prefix`), and the text
+        ends where it goes on, as in `transformers`.
+
+        Raises:
+          UserError: the checkpoint has no chat template, or it refuses these messages or leaves out the last one.
+        """
+        render = self.model.tokenizer.render_chat
+        if add_generation_prompt:
+            return render(chat_history)
+        *before, last = chat_history
+        text = render([*before, {**last, "content": last["content"] + _END}], add_generation_prompt=False)
+        head, end, tail = text.rpartition(_END.rstrip())
+        if not end:
+            raise UserError("the chat template leaves out the answer that the task begins (gen_prefix)")
+        return head if tail.startswith(" ") else head.rstrip()
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         tokenizer = self.model.tokenizer

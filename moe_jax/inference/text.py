@@ -90,9 +90,9 @@ class Tokenizer:
         """
         return self.backend.encode(self.render_chat(messages), add_special_tokens=False).ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text that `apply_chat` encodes."""
-        template = self._chat_template()
+    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text that `apply_chat` encodes; without a generation prompt, no answer is begun."""
+        template = self.chat_template()
         # A template is code from the checkpoint: it runs in a sandbox, with the few functions that templates expect.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -103,12 +103,13 @@ class Tokenizer:
         # Tools and documents, which there are none of, are not undefined but none, as in `transformers`.
         given = {**added_tokens.named(self._config), "messages": messages, "tools": None, "documents": None}
         try:
-            return environment.from_string(template).render(given, add_generation_prompt=True)
+            return environment.from_string(template).render(given, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # it is code: it may divide by zero, or call itself for ever
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"the chat template of {self.directory} refuses these messages: {reason}") from None
 
-    def _chat_template(self) -> str:
+    def chat_template(self) -> str:
+        """The template's source."""
         file = self.directory / "chat_template.jinja"
         if file.is_file():
             with reading(file):
@@ -118,7 +119,10 @@ class Tokenizer:
             named = {entry["name"]: entry["template"] for entry in template}
             template = named.get("default")
         if not isinstance(template, str):
-            raise UserError(f"checkpoint {self.directory} has no chat template; leave out --chat, or use a chat model")
+            raise UserError(
+                f"checkpoint {self.directory} has no chat template; leave out --chat (lm_eval:"
+                " --apply_chat_template), or use a chat model"
+            )
         return template
 
     def _token(self, name: str) -> str | None:

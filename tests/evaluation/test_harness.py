@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -29,6 +30,11 @@ from tests.tiny import TINY, write_tiny  # noqa: E402
 
 PAIRS = [("abc", "def"), ("", "some text"), ("a longer context, with more in it", " x"), ("b ", "cc")]
 DOCUMENTS = [{"question": q, "choices": [" yes", " no"], "answer": i % 2} for i, q in enumerate("abcd")]
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Why?"}]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -127,6 +133,51 @@ def test_mistakes_are_said(directory):
         load(directory, seed="one")
 
 
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A model with a chat template, and a bos that it puts in front of every prompt."""
+    directory = write_tiny(tmp_path_factory.mktemp("chat"), dataclasses.replace(TINY, max_seq_len=256))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {"add_bos_token": True, "chat_template": TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_chat_is_that_of_the_tokenizer_with_one_bos(chat_model):
+    lm = load(chat_model)
+    text = lm.apply_chat_template(CHAT)
+    assert text == "<s>[system] Be brief.</s>[user]  Why?</s>[assistant] "
+    assert lm.tok_encode(text) == lm.model.tokenizer.apply_chat(CHAT) and lm.tok_encode(text).count(0) == 1
+    assert lm.tok_encode("abc")[0] == 0
+    assert lm.chat_template(True) == TEMPLATE and lm.tokenizer_name == str(chat_model)
+
+
+@pytest.mark.parametrize("trim", ["", " | trim"])
+@pytest.mark.parametrize("begun", ["s", "So, ", " So\n"])
+def test_an_answer_that_a_task_has_begun_goes_on(chat_model, tmp_path, trim, begun):
+    transformers = pytest.importorskip("transformers")
+    directory = shutil.copytree(chat_model, tmp_path / "model")
+    (directory / "chat_template.jinja").write_text(TEMPLATE.replace("m.content", "m.content" + trim))
+    chat = [*CHAT, {"role": "assistant", "content": begun}]
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    expected = theirs.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    assert load(directory).apply_chat_template(chat, add_generation_prompt=False) == expected
+    assert expected.endswith(begun.strip() if trim else begun) and chat[-1]["content"] == begun
+
+
+def test_chat_mistakes(directory, chat_model, tmp_path):
+    lm = load(directory)
+    for ask in (lambda: lm.chat_template(True), lambda: lm.apply_chat_template(CHAT)):
+        with pytest.raises(UserError, match="has no chat template; leave out .*--apply_chat_template"):
+            ask()
+    with pytest.raises(UserError, match="only the default template is used"):
+        load(chat_model).chat_template("rag")
+    other = shutil.copytree(chat_model, tmp_path / "model")
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(UserError, match="leaves out the answer"):
+        load(other).apply_chat_template([*CHAT, {"role": "assistant", "content": "So"}], add_generation_prompt=False)
+
+
 @pytest.fixture
 def local_task(tmp_path):
     """A folder with a task that needs no download."""
@@ -161,6 +212,21 @@ def test_a_task_that_needs_no_download(directory, local_task):
     best = np.array([value for value, _ in likelihoods]).reshape(-1, 2).argmax(1)
     assert found["results"]["local"]["acc,none"] == np.mean(best == [d["answer"] for d in DOCUMENTS])
     assert get_model("moe_jax") is MoeJax
+
+
+def test_a_task_in_the_form_of_a_chat(chat_model, local_task):
+    lm = load(chat_model)
+    found: Any = simple_evaluate(
+        lm,
+        tasks=["local"],
+        task_manager=TaskManager(include_path=str(local_task), include_defaults=False),
+        apply_chat_template=True,
+        bootstrap_iters=0,
+        verbosity="ERROR",
+    )
+    contexts = [lm.apply_chat_template([{"role": "user", "content": f"{d['question']}?"}]) for d in DOCUMENTS]
+    asked = [sample["arguments"][0][0] for sample in found["samples"]["local"]]
+    assert asked == contexts
 
 
 def test_lm_eval_gets_it_from_the_entry_point():

@@ -14,6 +14,8 @@ from moe_jax.errors import UserError
 
 SUFFIXES = (".py", ".rst", ".txt", ".md")  # what counts as text inside a folder; a file named itself is always read
 PIECE_CHARS = 32_000  # a longer file is several documents, so that one big file still splits into parts
+LINE_END = 40  # characters of a line that are compared
+RUN = 40  # letters that two texts share; common phrases are shorter
 SHORTEST = 16  # a document's last window is left out below this many tokens
 
 
@@ -26,12 +28,14 @@ class Windows:
       lengths: int32 [W], tokens of each window.
       documents: int32 [W], the document that each window is from; documents keep their order.
       names: name of each document.
+      left_out: documents that are not among them, since they share text with what is excluded.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     documents: np.ndarray
     names: list[str]
+    left_out: int = 0
 
     def digest(self) -> str:
         """Identifies the plan."""
@@ -60,20 +64,23 @@ def plan(
       sources: files or folders; each gets an equal share of the budget, its documents in an order given by `seed`.
       max_tokens: budget; None takes everything, in the order of the files.
       in_order: what is taken stands in the order of the files, so that a budget that is large enough changes nothing.
-      exclude: files or folders whose text must not be learned from: a document that shares lines with them is left out.
+      exclude: files or folders whose text must not be learned from: a document that shares lines with them is left out,
+        and so is one that shares runs of letters where its lines say little.
 
     Raises:
       UserError: a source is missing or holds no text.
     """
-    banned = set().union(*(_line_ends(text) for path in exclude for *_, text in _documents(Path(path), None)))
+    seen = [text for path in exclude for *_, text in _documents(Path(path), None)]
+    lines, runs = set().union(*map(_line_ends, seen)), np.unique(np.concatenate([*map(_runs, seen or [""])]))
+    left_out = 0
     rows, lengths, documents, names = [], [], [], []
     for source in sources:
         taken, found = 0, False
         chosen: list[tuple[int, str, list[list[int]]]] = []
         for place, name, text in _documents(Path(source), seed if max_tokens else None):
             found = True
-            lines = _line_ends(text)
-            if len(lines & banned) > 0.05 * len(lines):
+            if seen and _shares(text, lines, runs):
+                left_out += 1
                 continue
             room = max_tokens // len(sources) - taken if max_tokens else None
             if room is not None and room < min(SHORTEST, window):
@@ -92,7 +99,7 @@ def plan(
             raise UserError(f"{source} holds no text; --text takes UTF-8 files and folders of {' '.join(SUFFIXES)}")
     if not rows:
         raise UserError("no text is left to log: every document is shorter than a window or is in the test texts")
-    return Windows(np.stack(rows), np.array(lengths, np.int32), np.array(documents, np.int32), names)
+    return Windows(np.stack(rows), np.array(lengths, np.int32), np.array(documents, np.int32), names, left_out)
 
 
 def _documents(source: Path, seed: int | None) -> Iterator[tuple[int, str, str]]:
@@ -128,6 +135,30 @@ def _documents(source: Path, seed: int | None) -> Iterator[tuple[int, str, str]]
             yield place, name, text
 
 
+def _shares(text: str, lines: set[str], runs: np.ndarray) -> bool:
+    """Whether more of a text than chance and licences explain is in others, whose lines and (sorted) runs these are."""
+    own = _line_ends(text)
+    if len(own & lines) > 0.05 * len(own):
+        return True
+    # Verse has no long lines, and a file of one line has one line end, as may every paragraph of a page: lines say
+    # little of them. Where they are much of the text they alone tell a copy from a licence, but for a wrapped one.
+    most = 0.5 if LINE_END * len(own) > 0.1 * len(text) else 0.05
+    found = _runs(text)
+    return bool((runs[np.searchsorted(runs, found) % len(runs)] == found).mean() > most)
+
+
 def _line_ends(text: str) -> set[str]:
     """The last 40 characters of every long line: equal for copies that differ in indentation or numbering."""
-    return {line[-40:] for line in map(str.strip, text.splitlines()) if len(line) >= 40}
+    return {line[-LINE_END:] for line in map(str.strip, text.splitlines()) if len(line) >= LINE_END}
+
+
+def _runs(text: str) -> np.ndarray:
+    """Sorted hashes, uint64, of every RUN letters on end, whatever stands between them; of fewer, that of all."""
+    letters = [ord(char) for char in text if char.isalpha()]
+    if len(letters) < RUN:
+        letters = [ord(char) for char in text if not char.isspace()]
+    codes, width = np.array(letters, np.uint64), min(RUN, len(letters))
+    hashes = np.zeros(len(codes) - width + 1, np.uint64)
+    for start in range(width):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[start : start + len(hashes)]
+    return np.unique(hashes)

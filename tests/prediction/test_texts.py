@@ -76,6 +76,60 @@ def test_documents_that_share_lines_with_a_test_text_are_left_out(tmp_path):
     assert len(texts.plan(encode, [tmp_path / "train"], 64, exclude=[unlike]).names) == 2
 
 
+WORDS = ["sonne", "mond", "wald", "nacht", "licht", "wind", "see", "berg", "haus", "weg"]
+
+
+def chosen(seed: int, count: int, among=WORDS) -> list[str]:
+    return [among[i] for i in np.random.default_rng(seed).integers(0, len(among), count)]
+
+
+def verse(seed: int) -> str:
+    return "\n".join(" ".join(chosen(seed + i, 4)) for i in range(0, 30000, 100))
+
+
+def one_line(seed: int) -> str:
+    return " ".join(chosen(seed, 4000))
+
+
+def chinese(seed: int) -> str:
+    return "\n".join("".join(chosen(seed + i, 24, "天地玄黄宇宙洪荒日月盈昃辰宿列张")) for i in range(0, 30000, 100))
+
+
+def numbers(seed: int) -> str:
+    return "\n".join(" ".join(chosen(seed + i, 9, "0123456789")) for i in range(0, 30000, 100))
+
+
+def short(seed: int) -> str:
+    return f"x = {seed}\n" * 4
+
+
+@pytest.mark.parametrize("make", [verse, one_line, chinese, numbers, short])
+def test_documents_whose_lines_say_little_are_left_out_too(tmp_path, make):
+    whole = make(1)
+    for name, text in (("same", whole), ("other", make(2))):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        (tmp_path / "train" / f"{name}.txt").write_text(text, encoding="utf-8")
+    test = tmp_path / "test.txt"
+    part = whole[len(whole) // 3 : len(whole) // 2]
+    wrapped = "\n".join(whole[i : i + 31] for i in range(0, len(whole), 31))
+    for told in [whole, part, wrapped] if make != short else [whole]:
+        test.write_text(told, encoding="utf-8")
+        plan = texts.plan(encode, [tmp_path / "train"], 16, exclude=[test])
+        assert plan.names == ["other.txt#0"] and plan.left_out == 1
+    assert texts.plan(encode, [tmp_path / "train"], 16).left_out == 0
+
+
+def test_a_licence_in_common_is_no_copy_but_a_wrapped_copy_is(tmp_path):
+    licence, own = ("\n".join(" ".join(chosen(s + i, 12)) for i in range(n)) for s, n in ((0, 20), (1000, 80)))
+    path, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    path.write_text(f"{licence}\n{own}")
+    test.write_text(" ".join(licence.split()))
+    assert texts.plan(encode, [path], 16, exclude=[test]).left_out == 0
+    test.write_text(" ".join(f"{licence} {own}".split()))
+    with pytest.raises(UserError, match="no text is left"):
+        texts.plan(encode, [path], 16, exclude=[test])
+
+
 def test_mistakes_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")

@@ -30,6 +30,10 @@ import numpy as np
 from moe_jax import cli
 from moe_jax.errors import UserError
 
+LEAST_EXPECTED = 25  # pairs, below which the most frequent one of many is so by chance
+SHUFFLES = 4  # of the tokens, for what their number alone gives
+MOST_BY_CHANCE = 0.75  # of the bits that there could be, above which too few tokens are left to tell
+
 
 def read_log(directory: Path) -> tuple[Iterator[np.ndarray], int]:
     """Expert ids int [L, T, K] of every window of an activation log, and the number of experts.
@@ -82,7 +86,10 @@ def read_parquet(file: Path, num_experts: int) -> list[np.ndarray]:
         if any(not np.issubdtype(column.dtype, np.integer) for column in (sequence, position, layer)):
             raise ValueError("sequence, position and layer must be integers")
         sequence, position, layer = (column.astype(np.int64) for column in (sequence, position, layer))
-        experts = np.array(table["experts"].to_pylist(), np.int64)
+        experts = np.array(table["experts"].to_pylist())
+        if experts.size and not np.issubdtype(experts.dtype, np.integer):
+            raise ValueError("experts must be lists of integers")
+        experts = experts.astype(np.int64)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a routing trace ({' '.join(str(error).split())[:200]})") from None
     if experts.ndim != 2 or not experts.shape[1]:
@@ -114,42 +121,62 @@ def summarise(windows: Any, num_experts: int) -> dict[str, Any]:
 
     Returns:
       entropy: of the load, in bits (log2 E when even). load_least, load_most: over the fair share.
-      coactivation: the most frequent pair of one token, over what independent choices of this load would give.
+      coactivation: the most frequent pair of one token, over what independent choices of this load would give; None
+      where no pair is expected LEAST_EXPECTED times.
       token_locality: share of a token's experts that the token before used in the same layer.
-      layer_locality: how much one layer's first choice tells of the next one's, in bits (mutual information); the last
-      layer's is None.
+      layer_locality: how much one layer's first choice tells of the next one's, in bits: mutual information, adjusted
+      for chance (Vinh et al. 2010), so that shuffled tokens give 0 and a choice that follows from the other its whole
+      entropy. None for the last layer, and where shuffled tokens give more than MOST_BY_CHANCE of that entropy.
     """
     L: Any = None
+    firsts: list[np.ndarray] = []
     for ids in windows:
         if L is None:
             L, E = len(ids), num_experts
             load, same, asked = np.zeros((L, E)), np.zeros(L), np.zeros(L)
-            pairs, following = np.zeros((L, E, E)), np.zeros((L, E, E))
+            pairs = np.zeros((L, E, E))
         hot = np.zeros((*ids.shape[:2], E))
         np.put_along_axis(hot, ids, 1, -1)
         load += hot.sum(1)
         pairs += np.einsum("lte,ltf->lef", hot, hot)
         same += (hot[:, 1:] * hot[:, :-1]).sum((1, 2))
         asked += hot[:, 1:].sum((1, 2))
-        for layer in range(L - 1):
-            np.add.at(following[layer], (ids[layer, :, 0], ids[layer + 1, :, 0]), 1)
+        firsts.append(ids[..., 0].astype(np.int32))
     if L is None:
         raise UserError("the log holds no complete shard yet; let train_predictor.py go on")
     share = load / load.sum(1, keepdims=True)
     tokens = load.sum(1) / ids.shape[-1]
     chance = load[:, :, None] * load[:, None, :] / tokens[:, None, None]
-    lift = np.where(np.eye(E, dtype=bool) | (chance < 1), 0, pairs / np.maximum(chance, 1e-9))
-    joint = following / np.maximum(following.sum((1, 2), keepdims=True), 1)
-    apart = joint.sum(2, keepdims=True) * joint.sum(1, keepdims=True)
-    bits = (joint * np.log2(np.where(joint > 0, joint / np.where(apart > 0, apart, 1), 1))).sum((1, 2))
+    told = ~np.eye(E, dtype=bool) & (chance >= LEAST_EXPECTED)
+    lift = np.where(told, pairs / np.maximum(chance, 1e-9), 0)
+    first = np.concatenate(firsts, 1)
     return {
-        "entropy": (-share * np.log2(np.where(share > 0, share, 1))).sum(1).tolist(),
+        "entropy": _bits(load).tolist(),
         "load_least": (share.min(1) * E).tolist(),
         "load_most": (share.max(1) * E).tolist(),
-        "coactivation": lift.max((1, 2)).tolist(),
+        "coactivation": [
+            float(x.max()) if any_told else None for x, any_told in zip(lift, told.any((1, 2)), strict=True)
+        ],
         "token_locality": (same / np.maximum(asked, 1)).tolist(),
-        "layer_locality": [*bits[:-1].tolist(), None],
+        "layer_locality": [*(_adjusted(first[n], first[n + 1], E) for n in range(L - 1)), None],
     }
+
+
+def _bits(counts: np.ndarray) -> np.ndarray:
+    """Entropy of counts [..., N]."""
+    share = counts / counts.sum(-1, keepdims=True)
+    return (-share * np.log2(np.where(share > 0, share, 1))).sum(-1)
+
+
+def _adjusted(first: np.ndarray, second: np.ndarray, num_experts: int) -> float | None:
+    """Mutual information of two layers' choices int [T], in bits, adjusted for chance; None: too few tokens to tell."""
+    each = [_bits(np.bincount(x, minlength=num_experts)) for x in (first, second)]
+    shared = lambda a, b: sum(each) - _bits(np.bincount(a * num_experts + b))
+    rng = np.random.default_rng(0)
+    chance = np.mean([shared(first, rng.permutation(second)) for _ in range(SHUFFLES)])
+    if (most := min(each)) == 0:
+        return 0.0
+    return float((shared(first, second) - chance) / (most - chance) * most) if chance <= MOST_BY_CHANCE * most else None
 
 
 def main() -> None:
@@ -170,6 +197,8 @@ def main() -> None:
         windows, experts = read_log(arguments.source)
         windows = list(windows)
     found = summarise(windows, experts)
+    tokens = sum(ids.shape[1] for ids in windows)
+    print(f"{tokens:,} tokens (-: too few to tell it from chance, or there is no next layer)")
     print("layer " + " ".join(f"{name:>14}" for name in found))
     for layer, row in enumerate(zip(*found.values(), strict=True)):
         print(f"{layer:5} " + " ".join(f"{'-' if value is None else f'{value:.3f}':>14}" for value in row))

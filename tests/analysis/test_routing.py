@@ -16,8 +16,8 @@ from tests.prediction.synthetic import SPEC, parts, written_log
 
 
 def test_known_numbers():
-    t = np.arange(64)
-    steady = np.stack([np.zeros(64, int), np.ones(64, int)], -1)  # always experts 0 and 1
+    t = np.arange(256)
+    steady = np.stack([0 * t, 0 * t + 1], -1)  # always experts 0 and 1
     turning = np.stack([t % 4, (t + 2) % 4], -1)  # even; never what the token before used
     found = routing.summarise([np.stack([steady, turning, turning])], 4)
     np.testing.assert_allclose(found["entropy"], [1, 2, 2])
@@ -26,6 +26,25 @@ def test_known_numbers():
     np.testing.assert_allclose(found["coactivation"], [1, 2, 2])  # 0 with 2, half of the time and not a quarter
     assert found["layer_locality"][0] == pytest.approx(0) and found["layer_locality"][1] == pytest.approx(2)
     assert found["layer_locality"][2] is None
+
+
+@pytest.mark.parametrize("tokens", [64, 512, 2000, 20000])
+def test_independent_choices_tell_nothing_however_few_there_are(tokens):
+    experts, k = 128, 8
+    ids = np.argsort(np.random.default_rng(0).random((4, tokens, experts)), -1)[..., :k]
+    ids[3] = ids[2]  # but for this layer, which follows from the one before
+    found = routing.summarise(np.split(ids, 2, axis=1), experts)
+    *chance, certain = found["layer_locality"][:-1]
+    if tokens == 64:
+        assert chance == [None, None] and certain is None
+    else:
+        np.testing.assert_allclose(chance, 0, atol=0.05)
+        assert certain == pytest.approx(7, abs=0.3)
+    if tokens < 20000:  # a pair is expected tokens / 256 times
+        assert found["coactivation"] == [None] * 4
+    else:
+        assert max(found["coactivation"]) < 1.6
+    assert routing.summarise([ids], experts)["layer_locality"] == found["layer_locality"]  # the same shuffles
 
 
 def test_a_log_counts_only_real_tokens(tmp_path):
@@ -102,6 +121,8 @@ def test_parquet_in_any_order(tmp_path):
         (lambda c: {k: [] for k in c}, "no rows"),
         (lambda c: c | {"layer": [None, *c["layer"][1:]]}, "a value is missing"),
         (lambda c: c | {"layer": [float(x) for x in c["layer"]]}, "must be integers"),
+        (lambda c: c | {"experts": [[x + 0.9 for x in k] for k in c["experts"]]}, "must be lists of integers"),
+        (lambda c: c | {"experts": [[None, 1], *c["experts"][1:]]}, "must be lists of integers"),
         (lambda c: c | {"layer": [x - 1 for x in c["layer"]]}, "layers are counted from 0"),
         (lambda c: c | {"experts": [[0], *c["experts"][1:]]}, "not a routing trace"),
         (lambda c: c | {"experts": [[] for _ in c["experts"]]}, "every row must list as many experts"),
@@ -132,6 +153,7 @@ def test_a_trace_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["routing", str(file), "--experts=4", "--replay", "--budget=50", "--tokens=8"])
     routing.main()
     out = capsys.readouterr().out
+    assert out.startswith("16 tokens (")
     assert re.search(r"^ +0 +2.000 +1.000", out, re.M) and re.search(r"^ +1 +1.000 +0.000", out, re.M)
     # repeat: from layer 0 the next layer's experts, always; from layer 1 the next token's layer 0, never.
     assert re.search(r"repeat same token +100.0 +-", out) and re.search(r"repeat next token +0.0 +50.0", out)

@@ -82,6 +82,7 @@ def main() -> None:
         usage_fit,
     )
     from moe_jax.prediction.activation_log import ActivationLog, room
+    from moe_jax.prediction.closed_form import too_few
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
 
     settings = fit.FitConfig(**c["fit"], seed=c["seed"])
@@ -130,6 +131,8 @@ def main() -> None:
         calibration.store(directory, identity, found, [Path(name).name for name in chosen_on])
 
     def closed_form(log):
+        if said := too_few(log.windows, spec):
+            print(said, file=sys.stderr)
         print(f"least squares over {log.windows.lengths.sum():,} tokens ...", file=sys.stderr, flush=True)
         return fit.solve(settings, spec, parts, log)
 

@@ -7,7 +7,10 @@ its inputs are white, gradient descent works in that basis, and `unwhiten` folds
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,14 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from moe_jax.outputs import room
 from moe_jax.prediction.activation_log import ActivationLog, Activations
 from moe_jax.prediction.interface import Spec
 from moe_jax.prediction.learned import ahead_of, centred, normalise, score_windows, window_inputs, window_targets
+from moe_jax.prediction.texts import Windows
 
 SEEN = 1.0
 """Occurrences that a token's mean is drawn towards zero by."""
 MOST, WINDOWS = 2**25, 512
-"""Estimated logits (128 MiB) and windows that the regressions look at, at most."""
+"""Estimated logits (128 MiB) and windows that the regressions hold at once, at most."""
+PER_UNKNOWN = 20
+"""Tokens per unknown that the regressions look at, at least: with 2 of them they do worse than the routers."""
 
 
 def rows_of(log: ActivationLog, most: int) -> np.ndarray:
@@ -77,97 +84,197 @@ def least_squares(
     """Where gradient descent starts: every correction of a layer is a regression of what an estimate still lacks.
 
     Layers are solved one after the other, each on the estimates that those before it left: first what they say of the
-    next token's layers, then what they say of their own token's, last the echoes. So memory is that of the estimates of
-    some windows and of one system of D + E + 1 unknowns.
+    next token's layers, then what they say of their own token's, last the echoes. So memory is that of one system of
+    D + E + 1 unknowns and of some windows: more of them are read one part after the other, their sums are added up, and
+    their estimates lie in a file beside the log meanwhile.
 
     Returns:
       The network in whitened coordinates, and the basis: `white` [L, D, D] and `mean` [L, D] of x, for which
       (x - mean) @ white has unit covariance.
+
+    Raises:
+      UserError: the disk has no room for the estimates.
     """
-    E, L, T = spec.num_experts, spec.num_layers, log.windows.tokens.shape[1]
+    D, E, L, T = spec.d_model, spec.num_experts, spec.num_layers, log.windows.tokens.shape[1]
     table: dict[str, Any] = {name: np.array(value) for name, value in network.items()}
     table["tokens"] = token_means(table["tokens"], row, log, rows, batch)
-    rows = rows[:: -(-len(rows) // windows_at_once(T, spec))]
+    rows = rows_seen(rows, log.windows, spec)
+    at_once = windows_at_once(T, spec)
+    chunks = [slice(start, min(start + at_once, len(rows))) for start in range(0, len(rows), at_once)]
     # Tokens that have both neighbours, so that all targets are known.
-    inside = (np.arange(T) > 0) & (np.arange(T) + 1 < log.windows.lengths[rows][:, None])
+    known = (np.arange(T) > 0) & (np.arange(T) + 1 < log.windows.lengths[rows][:, None])
+    inside = {chunk.start: known[chunk] for chunk in chunks}
     basis: dict[str, list[np.ndarray]] = {"white": [], "mean": []}
-    logits = lambda layer: np.asarray(centred(log.read(rows, layer, only=("logits",)).logits))
+    logits = lambda layer, chunk: np.asarray(centred(log.read(rows[chunk], layer, only=("logits",)).logits))
+    token_rows = row_in(row, log.windows.tokens[rows])
+    says = lambda kind, layer, chunk: table["tokens"][token_rows[chunk], kind, layer]
+    base = lambda layer, chunk: says(0, layer, chunk) + _before(says(1, layer, chunk))
+    seen = lambda layer, chunk: tuple(np.asarray(z) for z in _seen(spec, log.read(rows[chunk], layer)))
 
-    def inputs(layer):
-        """What a layer reads: for `READ`, for `NEWS` and of itself, [W, T, ...]."""
-        a = log.read(rows, layer)
-        x, gates, said = (np.asarray(z) for z in _seen(spec, a))
+    @functools.lru_cache(1)
+    def inputs(layer, start):
+        """What a layer reads in a chunk: for `READ`, for `NEWS` and of itself, [W, T, ...]."""
         if len(basis["white"]) == layer:
-            for name, value in zip(basis, _whitening(x[inside]), strict=True):
+            found = _whitening(seen(layer, chunk)[0][inside[chunk.start]] for chunk in chunks)
+            for name, value in zip(basis, found, strict=True):
                 basis[name].append(value)
+        chunk = slice(start, min(start + at_once, len(rows)))
+        x, gates, said = seen(layer, chunk)
         x = (x - basis["mean"][layer]) @ basis["white"][layer]
         beside = np.concatenate([gates, np.ones_like(gates[..., :1])], -1)
-        return np.concatenate([x, beside], -1), np.concatenate([said - base[:, :, layer], beside], -1), beside
+        return np.concatenate([x, beside], -1), np.concatenate([said - base(layer, chunk), beside], -1), beside
 
-    this, after, guess = np.moveaxis(table["tokens"][row_in(row, log.windows.tokens[rows])], 2, 0)
-    base, estimate = this + _before(after), guess
     (read, news), first = ahead_of(L), table["gates"].shape[-1] // E - 1
     places = [(first, L), *enumerate((*read, *news))]
+    kind_of = lambda place: 0 if place < len(read) else 1 if place < first else 2  # which of the inputs
+    estimate = _estimates((L, len(rows), T, E), log.directory if len(chunks) > 1 else None)
+    for chunk in chunks:
+        for layer in range(L):
+            estimate[layer, chunk] = says(2, layer, chunk)
     for wraps in (True, False):
         for layer in range(L):
-            of_x, of_news, beside = inputs(layer)
-            for place, h in places:
-                if (layer + h >= L) != wraps:
-                    continue
-                target, reads = (layer + h) % L, place < len(read)
-                see = of_x if reads else of_news if place < first else beside
-                old, wanted = estimate[:, :, target], logits(target)
-                keep, solved = _solve(see[inside], (_after(wanted) if wraps else wanted)[inside], old[inside], ridge)
-                estimate[:, :, target] = old * keep + see @ solved
-                if place < first:
-                    name, at = ("read", place) if reads else ("mix", place - len(read))
-                    table[name][layer, :, at * E : at * E + E] = solved[: -1 - E]
-                table["gates"][layer, :, place * E : place * E + E] = solved[-1 - E : -1]
-                table["bias"][layer, place * E : place * E + E] = solved[-1]
-                if place < first:
-                    table["keep"][layer, place] = keep
-                else:  # all that was there before is the guess
-                    table["tokens"][:, 2, layer] *= keep
+            for group in _apart([(p, (layer + h) % L) for p, h in places if (layer + h >= L) == wraps]):
+                squares: dict[int, Any] = {kind_of(place): 0 for place in group}
+                sums: dict[int, Any] = {}
+                for chunk in chunks:
+                    of, see = inside[chunk.start], inputs(layer, chunk.start)
+                    for kind in squares:
+                        squares[kind] = squares[kind] + _square(see[kind][of])
+                    for place, target in group.items():
+                        old, wanted = estimate[target, chunk], logits(target, chunk)
+                        wanted = (_after(wanted) if wraps else wanted)[of]
+                        sums[place] = _added(sums.get(place), _sums(see[kind_of(place)][of], wanted, old[of]))
+                found = {place: _solve(squares[kind_of(place)], sums[place], ridge) for place in group}
+                for chunk in chunks:
+                    see = inputs(layer, chunk.start)
+                    for place, target in group.items():
+                        keep, solved = found[place]
+                        estimate[target, chunk] = estimate[target, chunk] * keep + see[kind_of(place)] @ solved
+                for place, (keep, solved) in found.items():
+                    if place < first:
+                        name, at = ("read", place) if place < len(read) else ("mix", place - len(read))
+                        table[name][layer, :, at * E : at * E + E] = solved[: -1 - E]
+                    table["gates"][layer, :, place * E : place * E + E] = solved[-1 - E : -1]
+                    table["bias"][layer, place * E : place * E + E] = solved[-1]
+                    if place < first:
+                        table["keep"][layer, place] = keep
+                    else:  # all that was there before is the guess
+                        table["tokens"][:, 2, layer] *= keep
         if wraps:
-            left, estimate = estimate, base.copy()
+            left = np.array(estimate[0])  # [W, T, E]
             for layer in range(L):
-                lacks, has = logits(layer) - base[:, :, layer], _before(left[:, :, layer])
-                keep = (has * lacks)[inside].sum(0) / np.maximum((has * has)[inside].sum(0), 1e-9)
-                table["begin_keep"][layer] = keep
-                estimate[:, :, layer] += keep * has
+                both: Any = None
+                for chunk in chunks:
+                    of, has = inside[chunk.start], _before(estimate[layer, chunk])
+                    lacks = logits(layer, chunk) - base(layer, chunk)
+                    both = _added(both, ((has * lacks)[of].sum(0), (has * has)[of].sum(0)))
+                table["begin_keep"][layer] = keep = both[0] / np.maximum(both[1], 1e-9)
+                for chunk in chunks:
+                    estimate[layer, chunk] = base(layer, chunk) + keep * _before(estimate[layer, chunk])
     for layer in range(L):
-        said = inputs(layer)[0][..., : spec.d_model] @ table["read"][layer, :, :E]
-        # The last token of what the last layer says of the next token's layer 0 is this one.
-        lacks = logits(layer) - estimate[:, :, layer] if layer else _after(logits(0)) - left[:, :, 0]
-        said = _before(said) if layer else said
-        table["echo"][layer] = _solve(said[inside], lacks[inside], np.zeros_like(lacks)[inside], ridge)[1]
+        square: Any = 0
+        total: Any = None
+        for chunk in chunks:
+            of = inside[chunk.start]
+            said = inputs(layer, chunk.start)[0][..., :D] @ table["read"][layer, :, :E]
+            # The last token of what the last layer says of the next token's layer 0 is this one.
+            wanted, old = (
+                (logits(layer, chunk), estimate[layer, chunk]) if layer else (_after(logits(0, chunk)), left[chunk])
+            )
+            lacks, said = (wanted - old)[of], (_before(said) if layer else said)[of]
+            square, total = square + _square(said), _added(total, _sums(said, lacks, np.zeros_like(lacks)))
+        table["echo"][layer] = _solve(square, total, ridge)[1]
     return {name: jnp.asarray(value) for name, value in table.items()}, {n: np.stack(z) for n, z in basis.items()}
 
 
 def windows_at_once(length: int, spec: Spec) -> int:
-    """How many windows of so many tokens the regressions look at."""
+    """How many windows of so many tokens the regressions hold at once."""
     return min(WINDOWS, max(1, MOST // (length * spec.num_layers * spec.num_experts)))
 
 
-def _solve(see: np.ndarray, wanted: np.ndarray, old: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """The best `wanted` = `old` * keep + `see` @ solved, keep [E]: all of them [rows, ...]."""
-    square = (see.T @ see).astype(np.float64)
-    square += np.eye(len(square)) * (ridge * np.trace(square) / len(square) + 1e-9)
+def rows_seen(rows: np.ndarray, windows: Windows, spec: Spec) -> np.ndarray:
+    """The windows, of `rows`, that the regressions look at: as many as they hold at once, or as they need if more."""
+    step = max(-(-len(rows) // windows_at_once(windows.tokens.shape[1], spec)), 1)
+    while step > 1 and _known(windows.lengths[rows[::step]]) < tokens_wanted(spec):
+        step -= 1
+    return rows[::step]
+
+
+def tokens_wanted(spec: Spec) -> int:
+    """Of how many tokens the regressions can tell their unknowns."""
+    return PER_UNKNOWN * (spec.d_model + spec.num_experts + 1)
+
+
+def too_few(windows: Windows, spec: Spec) -> str | None:
+    """Says that the log is too short for the regressions, if it is."""
+    if (known := _known(windows.lengths)) >= tokens_wanted(spec):
+        return None
+    return (
+        f"warning: {known:,} tokens for the {spec.d_model + spec.num_experts + 1:,} unknowns of a layer, where"
+        f" {tokens_wanted(spec):,} are wanted: the routers may predict better than what is fitted;"
+        " raise --config.max_tokens, or give more --text"
+    )
+
+
+def _known(lengths: np.ndarray) -> int:
+    """Tokens that have both neighbours in their windows."""
+    return int(np.maximum(lengths - 2, 0).sum())
+
+
+def _estimates(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
+    """Room for float32 numbers: in memory, or in a file of this folder that has no name."""
+    if folder is None:
+        return np.empty(shape, np.float32)
+    with room(folder, resumes=True), tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * int(np.prod(shape)))  # a full disk says so now
+        return np.memmap(file, np.float32, "r+", shape=shape)
+
+
+def _apart(places: list[tuple[int, int]]) -> list[dict[int, int]]:
+    """The same (place, target layer) in their order, in groups that have no target twice: each is solved at once."""
+    groups: list[dict[int, int]] = [{}]
+    for place, target in places:
+        if target in groups[-1].values():
+            groups.append({})
+        groups[-1][place] = target
+    return groups
+
+
+def _square(see: np.ndarray) -> np.ndarray:
+    return (see.T @ see).astype(np.float64)
+
+
+def _sums(see: np.ndarray, wanted: np.ndarray, old: np.ndarray) -> tuple[Any, ...]:
+    """Of some rows, what `_solve` needs beside `_square`."""
     right = (see.T @ np.concatenate([wanted, old], -1)).astype(np.float64)
+    return right, (old * old).sum(0), (old * wanted).sum(0), len(see)
+
+
+def _added(sums: tuple[Any, ...] | None, more: tuple[Any, ...]) -> tuple[Any, ...]:
+    return more if sums is None else tuple(x + y for x, y in zip(sums, more, strict=True))
+
+
+def _solve(square: np.ndarray, sums: tuple[Any, ...], ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """The best `wanted` = `old` * keep + `see` @ solved, keep [E], from `_square` and `_sums` of all rows."""
+    right, of_itself, of_both, count = sums
+    square = square + np.eye(len(square)) * (ridge * np.trace(square) / len(square) + 1e-9)
     of_wanted, of_old = np.split(np.linalg.solve(square, right), 2, axis=-1)
-    right_old = right[:, old.shape[-1] :]
-    apart = (old * old).sum(0) - (of_old * right_old).sum(0)  # what is left of `old` beside `see`
-    common = (old * wanted).sum(0) - (of_wanted * right_old).sum(0)
-    keep = np.where(apart > 1e-6 * len(see), common / np.maximum(apart, 1e-9), 0.0)
+    right_old = right[:, right.shape[-1] // 2 :]
+    apart = of_itself - (of_old * right_old).sum(0)  # what is left of `old` beside `see`
+    common = of_both - (of_wanted * right_old).sum(0)
+    keep = np.where(apart > 1e-6 * count, common / np.maximum(apart, 1e-9), 0.0)
     return keep.astype(np.float32), (of_wanted - keep * of_old).astype(np.float32)
 
 
-def _whitening(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The basis of x [rows, D]."""
-    mean = x.mean(0)
-    values, vectors = np.linalg.eigh(np.cov(x.T, bias=True).astype(np.float64))
+def _whitening(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The basis of x [rows, D], of which these are the parts."""
+    moments = [(len(x), x.mean(0), np.cov(x.T, bias=True)) for x in parts if len(x)]
+    total = sum(count for count, _, _ in moments)
+    mean: Any = sum(count * of.astype(np.float64) for count, of, _ in moments) / total
+    covariance = sum(count / total * (of + np.outer(m - mean, m - mean)) for count, m, of in moments)
+    values, vectors = np.linalg.eigh(covariance)
     values = np.maximum(values, 1e-4 * values.mean() + 1e-12)  # directions that never vary stay as they are
-    return ((vectors / np.sqrt(values)) @ vectors.T).astype(np.float32), mean
+    return ((vectors / np.sqrt(values)) @ vectors.T).astype(np.float32), mean.astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

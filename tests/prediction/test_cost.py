@@ -39,7 +39,7 @@ def test_multiply_adds_are_those_of_the_tables():
 
 
 def test_the_closed_form_of_a_large_model_fits_into_2_gb():
-    """The tables, every layer's basis, the estimates of some windows, and one layer's inputs and system."""
+    """The tables, every layer's basis, and of the windows held at once the estimates, one layer's inputs and system."""
     a = family(MODELS["Qwen3-30B-A3B"].config).read_config(MODELS["Qwen3-30B-A3B"].config)
     spec = Spec.of(a, 8)
     L, D, E, T = spec.num_layers, spec.d_model, spec.num_experts, DEFAULTS.window
@@ -49,6 +49,5 @@ def test_the_closed_form_of_a_large_model_fits_into_2_gb():
     tables = sum(x.size for x in jax.tree.leaves(network["network"]))
     rows = T * closed_form.windows_at_once(T, spec)
     system = 3 * 2 * (D + E + 1) ** 2  # float64: what is summed up, what is added, factors
-    assert rows > 2 * (D + E + 1)
     numbers = tables + L * D * D + 3 * rows * L * E + 4 * rows * (D + E + 1) + system
     assert 1e9 < 4 * numbers < 2e9

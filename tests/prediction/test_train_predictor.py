@@ -176,6 +176,7 @@ def test_losses_are_compared_from_one_closed_form(place):
     losses = ["--ablate=kl", "--ablate=ranking+membership"]
     done = run(place, "ablated", *few, *losses, f"--output_json={place}/ablation.json")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("unknowns of a layer") == 1 and "; raise --config.max_tokens, or" in done.stderr
     found = json.loads((place / "ablation.json").read_text())["losses"]
     assert [fit["loss"] for fit in found] == ["closed form", "kl", "ranking+membership"]
     best = max(found, key=lambda fit: fit["recall"])

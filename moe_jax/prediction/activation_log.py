@@ -30,6 +30,7 @@ from moe_jax.prediction.texts import Windows
 
 SCHEMA = 2
 SHARD_WINDOWS = 64
+OPEN = 160  # files that a log keeps open: three logs stay within the 1024 that a process may have
 
 
 class Activations(NamedTuple):
@@ -107,7 +108,7 @@ class ActivationLog:
                 partial.write_text(json.dumps(manifest, indent=1) + "\n")
                 os.replace(partial, file)
         self._manifest = manifest
-        self._open: dict[int, list[np.ndarray]] = {}
+        self._open: dict[tuple[int, str], np.ndarray] = {}
 
     def identity(self) -> dict[str, str]:
         """What the log is of: fingerprint of the model, digest of the text, dtype of the model."""
@@ -170,22 +171,29 @@ class ActivationLog:
           layer: only this one; the axis of layers is then not there.
           only: names of the arrays that are wanted; the others are None.
         """
-        picked: list[list[np.ndarray]] = []
-        for window in windows:
-            shard, row = divmod(int(window), SHARD_WINDOWS)
-            if shard not in self._open:
-                files = [self._path(shard) / f"{name}.npy" for name in ARRAYS]
-                try:
-                    self._open[shard] = [np.load(file, mmap_mode="r") for file in files]
-                except (OSError, ValueError) as error:
-                    raise self._unreadable(shard, error) from None
-            by_name = dict(zip(ARRAYS, self._open[shard], strict=True))
-            at = {name: row if layer is None or name == "embedding" else (row, layer) for name in only}
-            picked.append([by_name[name][at[name]] for name in only])
-        columns = dict(zip(only, (np.stack(column) for column in zip(*picked, strict=True)), strict=True))
+        columns: dict[str, np.ndarray] = {}
+        for name in only:
+            for place, window in enumerate(windows):
+                shard, row = divmod(int(window), SHARD_WINDOWS)
+                found = self._array(shard, name)[row if layer is None or name == "embedding" else (row, layer)]
+                column = columns.setdefault(name, np.empty((len(windows), *found.shape), found.dtype))
+                column[place] = found
         chosen = np.asarray(windows)
         arrays = [columns.get(name) for name in ARRAYS]
         return Activations._make([*arrays, self.windows.lengths[chosen], self.windows.tokens[chosen]])
+
+    def _array(self, shard: int, name: str) -> np.ndarray:
+        """One file of a shard, memory-mapped; the `OPEN` that were used last stay open."""
+        found = self._open.pop((shard, name), None)
+        if found is None:
+            try:
+                found = np.load(self._path(shard) / f"{name}.npy", mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise self._unreadable(shard, error) from None
+        self._open[shard, name] = found  # the last one
+        if len(self._open) > OPEN:
+            del self._open[next(iter(self._open))]
+        return found
 
     def outputs(self) -> Outputs:
         """Sums over all shards, float64: the same whatever the order they were written in."""
@@ -202,7 +210,11 @@ class ActivationLog:
         return -(-len(self.windows.tokens) // SHARD_WINDOWS)
 
     def _unreadable(self, shard: int, error: Exception) -> UserError:
-        return UserError(f"shard {self._path(shard)} cannot be read ({error}); delete that folder")
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):  # what was logged may be whole
+            reason, fix = error.strerror or error, "see to that, and give the same command again"
+        else:
+            reason, fix = error, "delete that folder, and the same command logs it again"
+        return UserError(f"shard {self._path(shard)} cannot be read ({reason}); {fix}")
 
     def _path(self, shard: int) -> Path:
         return self.directory / f"shard_{shard:05d}"

@@ -1,5 +1,7 @@
 """The log: what goes in comes out, shard by shard, and only for the model and text it was made for."""
 
+import errno
+import os
 import shutil
 import types
 
@@ -132,6 +134,37 @@ def test_a_truncated_shard_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(UserError, match="shard_00001 cannot be read"):
         log.read([0, 4])
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_only_some_files_stay_open_however_many_shards_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(activation_log, "OPEN", 7)
+    log = written_log(tmp_path, count=40, length=8)
+    whole, before = log.read(range(40)), open_files()
+    assert len(log._open) == 7
+    fresh = ActivationLog(tmp_path, SPEC, MODEL, log.windows)
+    np.testing.assert_array_equal(fresh.read(range(39, -1, -1), 1).residual, whole.residual[::-1, 1])
+    assert open_files() <= before + 7
+    fresh = ActivationLog(tmp_path, SPEC, MODEL, log.windows)
+    fresh.read(range(8), only=("logits",))
+    assert sorted(fresh._open) == [(0, "logits"), (1, "logits")]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EACCES])
+def test_a_shard_that_the_system_does_not_open_is_not_to_be_deleted(tmp_path, monkeypatch, number):
+    log = written_log(tmp_path, count=5, length=8)
+
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(np, "load", refused)
+    for read in (lambda: log.read([0]), log.outputs):
+        with pytest.raises(UserError) as error:
+            read()
+        assert os.strerror(number) in str(error.value) and "delete" not in str(error.value)
 
 
 def test_outliers_are_clipped():

@@ -11,13 +11,17 @@ import numpy as np
 
 from moe_jax.inference.engine import Engine
 from moe_jax.model.decoder import Routed
-from moe_jax.prediction.activation_log import ActivationLog, Activations, Outputs, half
+from moe_jax.prediction.activation_log import ActivationLog, Activations, Outputs, half, not_finite
 
 BATCH = 8  # windows that go through the model together: `Config.prefill_chunk` of BATCH windows runs them as one
 
 
 def write_log(engine: Engine, log: ActivationLog, progress: Callable[[int], None] = lambda windows: None) -> None:
-    """Prefills every window that the log lacks, shard by shard; `progress` is told how many windows are done."""
+    """Prefills every window that the log lacks, shard by shard; `progress` is told how many windows are done.
+
+    Raises:
+      UserError: the disk does not take it, or the model gives something that is not finite.
+    """
     missing = log.missing()
     done = len(log.windows.tokens) - sum(len(log.rows(shard)) for shard in missing)
     for shard in missing:
@@ -47,12 +51,18 @@ def run_windows(engine: Engine, log: ActivationLog, rows: Sequence[int] | np.nda
     counts = np.zeros((a.num_moe_layers, a.num_experts), np.int64)
 
     def sink(layer: int, chunk: int, routed: Routed) -> None:
-        ids = np.asarray(routed.ids)
-        kept = half(np.asarray(routed.residual, np.float32)), half(np.asarray(routed.logits)), ids, routed.gates
+        ids, residual, logits = (
+            np.asarray(routed.ids),
+            np.asarray(routed.residual, np.float32),
+            np.asarray(routed.logits),
+        )
+        kept = half(residual), half(logits), ids, routed.gates
         width = len(ids) // BATCH
         for store, array in zip(seen, kept, strict=True):
             store[layer].append(np.asarray(array).reshape(BATCH, width, -1))  # [B, tokens of the chunk, ...]
         real = (chunk * width + np.arange(width) < lengths[:, None]).reshape(-1)
+        if not (np.isfinite(residual[real]).all() and np.isfinite(logits[real]).all()):
+            raise not_finite(layer)
         sums[layer].append(_sum_by_expert(a.num_experts, routed.outputs, routed.ids, real))
         counts[layer] += np.bincount(ids[real].reshape(-1), minlength=a.num_experts)
 
@@ -60,6 +70,8 @@ def run_windows(engine: Engine, log: ActivationLog, rows: Sequence[int] | np.nda
     joined = [np.stack([np.concatenate(chunks, axis=1)[:, :T] for chunks in store], axis=1) for store in seen]
     joined = [np.pad(x, ((0, 0), (0, 0), (0, T - x.shape[2]), (0, 0)))[: len(rows)] for x in joined]
     summed = np.stack([np.sum([np.asarray(x, np.float64) for x in chunks], axis=0) for chunks in sums])
+    if not (finite := np.isfinite(summed).all((1, 2))).all():
+        raise not_finite(int(np.argmin(finite)))
     embedding = half(np.asarray(engine.dense["embedding"][log.windows.tokens[rows]], np.float32))
     return Activations(*[embedding, *joined, lengths[: len(rows)]]), Outputs(summed, counts)
 

@@ -61,6 +61,14 @@ def half(x: np.ndarray) -> np.ndarray:
     return np.clip(x, -65504.0, 65504.0).astype(np.float16)
 
 
+def not_finite(layer: int) -> UserError:
+    """That a layer, counted among those with experts, gave no numbers."""
+    return UserError(
+        f"the activations of MoE layer {layer} are not finite: the checkpoint is damaged, or this --config.dtype does"
+        " not suit it; see to that, and log again to another --config.output"
+    )
+
+
 class ActivationLog:
     """A log, complete or not. `missing()` says which shards are still to be written."""
 

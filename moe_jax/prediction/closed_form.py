@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from moe_jax.outputs import room
-from moe_jax.prediction.activation_log import ActivationLog, Activations
+from moe_jax.prediction.activation_log import ActivationLog, Activations, not_finite
 from moe_jax.prediction.interface import Spec
 from moe_jax.prediction.learned import ahead_of, centred, normalise, score_windows, window_inputs, window_targets
 from moe_jax.prediction.texts import Windows
@@ -51,6 +51,9 @@ def token_means(table: np.ndarray, row: np.ndarray, log: ActivationLog, rows: np
       table: for its shape, that of `tokens` of the network, float32 [rows, 3, L, E].
       row: of every token.
       rows: windows of the log.
+
+    Raises:
+      UserError: some logits are not finite.
     """
     table = np.zeros_like(table)
     for kind in (2, 0, 1, 0, 1):
@@ -69,6 +72,8 @@ def token_means(table: np.ndarray, row: np.ndarray, log: ActivationLog, rows: np
             found, first = np.unique(of[order], return_index=True)
             sums[found] += np.add.reduceat(logits[order], first, axis=0)
             counts += np.bincount(of, minlength=len(table))
+        if not (finite := np.isfinite(sums).all((0, 2))).all():
+            raise not_finite(int(np.argmin(finite)))
         table[:, kind] += sums / (counts + SEEN)[:, None, None].astype(np.float32)
     return table
 
@@ -93,7 +98,7 @@ def least_squares(
       (x - mean) @ white has unit covariance.
 
     Raises:
-      UserError: the disk has no room for the estimates.
+      UserError: the log holds something that is not finite, or its disk has no room for the estimates.
     """
     D, E, L, T = spec.d_model, spec.num_experts, spec.num_layers, log.windows.tokens.shape[1]
     table: dict[str, Any] = {name: np.array(value) for name, value in network.items()}

@@ -131,7 +131,8 @@ def fit(
       Parameters of `Learned` with the best recall on the validation windows, and {"recall", "loss", "step"} of them.
 
     Raises:
-      UserError: the directory belongs to another run, or its disk is full.
+      UserError: the directory belongs to another run, its disk is full, or what was logged is not finite. Training that
+        diverges ends with a warning, and the best look before is kept.
     """
     log, validation = ranked(log, spec, parts), ranked(validation, spec, parts)
     train, held_out = np.arange(len(log.windows.tokens)), np.arange(len(validation.windows.tokens))
@@ -150,6 +151,14 @@ def fit(
             )
         recall, loss = sums[1] / max(sums[0], 1), sums[2] / max(sums[0], 1)
         progress(step, {"validation_recall": recall, "validation_loss": loss})
+        if not np.isfinite(loss):
+            if step == 0:
+                raise UserError(
+                    f"the closed form's loss on the validation windows is not finite: the logs {log.directory} and"
+                    f" {validation.directory} hold numbers that are not; check the checkpoint and --config.dtype, and"
+                    " log again to another --config.output"
+                )
+            return state
         if recall <= float(state["best"]["recall"]):
             return state
         return state | {"best": _best(recall, loss, step, state["network"])}
@@ -168,6 +177,7 @@ def fit(
             state |= {"network": network, "basis": basis}
             state = look(state, 0)
             manager.save(0, args=ocp.args.StandardSave(state))
+        diverged = False
         for step in range(int(np.asarray(state["step"])), c.steps):
             if step - int(state["best"]["step"]) >= c.patience * c.evaluate_every:
                 break
@@ -175,11 +185,16 @@ def fit(
             state, loss = _update(c.schedule(), c.loss, c.dtype, spec, state, batch)
             done = step + 1
             progress(done, {"loss": float(loss)})
+            if diverged := not np.isfinite(loss):  # nor will any later one be
+                break
             if done % c.evaluate_every == 0 or done == c.steps:
                 state = look(state, done)
             if done % c.checkpoint_every == 0 or done == c.steps:
                 manager.save(done, args=ocp.args.StandardSave(state), force=True)
     best = state["best"]
+    if diverged or (c.steps and not int(best["step"])):
+        what = "training diverged" if diverged else "training did not help"
+        logging.warning("step %d of %d is kept: %s; lower --config.fit.learning_rate", best["step"], c.steps, what)
     # Scale and shift follow slowly while the logits under them improve.
     network = calibrate(spec, best["network"], state["basis"], state["row"], _few(c, log))
     network = jax.jit(unwhiten)(network, state["basis"]) | {"row": jnp.asarray(state["row"])}

@@ -35,15 +35,23 @@ def save(directory: str | Path, weights: dict[str, Any], spec: Spec, model: str,
       notes: anything worth keeping, for people (JSON).
 
     Raises:
-      UserError: the disk is full; then there is no predictor.
+      UserError: the disk is full; then there is no predictor. Or a weight is not finite; then an earlier one stays.
     """
+    with np.errstate(over="ignore", invalid="ignore"):
+        small = jax.tree.map(_half, weights | {"network": _pack(weights["network"])})
+    for path, value in jax.tree_util.tree_leaves_with_path(small):
+        if not np.isfinite(value).all():
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(
+                f"the predictor's weights {name} are not finite, so it is not saved;"
+                " lower --config.fit.learning_rate and choose another --config.output"
+            )
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     # The card first, so that a folder that was half written is no predictor; what was measured is of earlier weights.
     for name in (CARD, calibration.FILE, recall_file.FILE, usage.FILE):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "weights", ignore_errors=True)
-    small = jax.tree.map(_half, weights | {"network": _pack(weights["network"])})
     card = {"schema": SCHEMA, "model": model, "spec": dataclasses.asdict(spec), "notes": notes}
     with room(directory, resumes=True):
         with ocp.StandardCheckpointer() as checkpointer:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.errors import UserError
 from moe_jax.inference import activations
 from moe_jax.prediction import predictors
 from moe_jax.prediction.activation_log import ActivationLog
@@ -93,3 +94,21 @@ def test_the_log_holds_what_the_reference_sees(calibrated):
             np.testing.assert_allclose(logged.residual[row, layer, :length], residual, rtol=2e-3, atol=1e-2)
             chosen = np.take_along_axis(gates, logged.ids[row, layer, :length].astype(int), -1)
             np.testing.assert_allclose(logged.gates[row, layer, :length], chosen, atol=2e-3)
+
+
+@pytest.mark.parametrize("what", ["residual", "logits", "outputs"])
+def test_what_is_not_finite_is_not_logged(calibrated, tmp_path, monkeypatch, what):
+    engine, _, plan, _, spec = calibrated
+    prefill = engine.prefill
+
+    def broken(prompts, first, sink):
+        worse = lambda layer, routed: routed._replace(**{what: getattr(routed, what) * (np.nan if layer == 2 else 1)})
+        return prefill(prompts, first, lambda layer, chunk, routed: sink(layer, chunk, worse(layer, routed)))
+
+    monkeypatch.setattr(engine, "prefill", broken)
+    log = ActivationLog(tmp_path, spec, "tiny", plan)
+    with pytest.raises(
+        UserError, match="MoE layer 2 are not finite: the checkpoint is damaged, or this --config.dtype"
+    ):
+        activations.write_log(engine, log)
+    assert log.missing() == [0]

@@ -134,6 +134,35 @@ def test_the_best_look_is_kept_and_patience_ends_a_hopeless_run(logs, tmp_path):
     assert max(looks) < 40
 
 
+def test_a_fit_that_diverges_says_so_and_keeps_the_best_look(logs, tmp_path, caplog):
+    wild = dataclasses.replace(CONFIG, learning_rate=1e30, steps=40)
+    params, best = train(logs, tmp_path, wild)
+    assert "step 0 of 40 is kept: training diverged; lower --config.fit.learning_rate" in caplog.text
+    assert best["step"] == 0 and np.isfinite(best["loss"])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+    caplog.clear()
+    assert same(train(logs, tmp_path, wild)[0], params) and "training diverged" in caplog.text
+
+
+def test_training_that_does_not_help_says_so(logs, tmp_path, caplog):
+    train(logs, tmp_path, dataclasses.replace(CONFIG, learning_rate=3.0))
+    assert "step 0 of 12 is kept: training did not help" in caplog.text
+
+
+@pytest.mark.parametrize("bad", ["train", "validation"])
+def test_a_log_that_is_not_finite_is_refused(tmp_path, bad):
+    """As an earlier version, which did not look, may have left one."""
+    logs = [written_log(tmp_path / name, count=12, length=16) for name in ("train", "validation")]
+    file = tmp_path / bad / "shard_00000" / "logits.npy"
+    logits = np.load(file)
+    logits[5, 1, 7] = np.nan
+    np.save(file, logits)
+    said = "MoE layer 1 are not finite" if bad == "train" else "loss on the validation windows is not finite"
+    with pytest.raises(UserError, match=said) as error:
+        train(logs, tmp_path / "fit")
+    assert "checkpoint" in str(error.value) and "--config.dtype" in str(error.value)
+
+
 def test_another_configuration_is_refused(logs, tmp_path):
     train(logs, tmp_path, dataclasses.replace(CONFIG, steps=0))
     with pytest.raises(UserError, match="of other settings, model or text"):

@@ -113,6 +113,16 @@ def test_a_full_disk_is_one_line_and_leaves_no_predictor(trained):
     saved.load(directory, SPEC, MODEL)
 
 
+@pytest.mark.parametrize(("name", "value"), [("tokens", np.nan), ("read", np.inf), ("bias", 1e6)])
+def test_weights_that_are_not_finite_are_not_saved_and_earlier_ones_stay(trained, name, value):
+    directory, params = trained
+    bad = weights(params)
+    bad["network"] |= {name: bad["network"][name].at[0, 0].set(value)}
+    with pytest.raises(UserError, match=f"weights network/{name}.* not finite, so it is not saved; lower"):
+        saved.save(directory, bad, SPEC, MODEL, {})
+    saved.load(directory, SPEC, MODEL)
+
+
 def test_saved_weights_come_back_and_a_shorter_horizon_is_a_part_of_them(trained):
     directory, params = trained
     whole = saved.load(directory, SPEC, MODEL)

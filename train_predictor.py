@@ -207,6 +207,12 @@ def main() -> None:
         model.close()
         return
 
+    ours_used = {} if VALIDATION_TEXT.value else {"--validation_text": "choose"}
+    if not (TEST_TEXT.value or variants):
+        ours_used["--test_text"] = "test"
+    if TEXT.value and ours_used:
+        what = f"the shipped English and Python texts {' and '.join(ours_used.values())} the predictor"
+        print(f"warning: --text without {' and '.join(ours_used)}: {what}; give your own", file=sys.stderr)
     sources = TEXT.value or [texts.standard_library()]
     # Neither what is tested on nor what is chosen on is trained on, whoever ships it.
     exclude = [*chosen_on, *tests, *ours["development"], *ours["held_out"]]

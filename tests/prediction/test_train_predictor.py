@@ -218,6 +218,33 @@ def test_mistakes_are_one_line(place, flags, message):
     assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (
+            ["text"],
+            "--text without --validation_text and --test_text: the shipped English and Python texts choose and test",
+        ),
+        (["text", "test_text"], "--text without --validation_text: the shipped English and Python texts choose the"),
+        (["text", "validation_text"], "--text without --test_text: the shipped English and Python texts test the"),
+        (["text", "validation_text", "test_text"], None),
+        ([], None),
+    ],
+)
+def test_shipped_texts_that_judge_a_predictor_of_other_text_are_named(place, tmp_path, texts, said):
+    """Read from the first lines: training ends at a folder that is another run's."""
+    names = {"text": "text", "validation_text": "validation.txt", "test_text": "test.txt"}
+    (tmp_path / "log" / "train").mkdir(parents=True)
+    (tmp_path / "log" / "train" / "manifest.json").write_text("{}")
+    flags = [f"--config.checkpoint={place}/model", f"--config.output={tmp_path}", "--config.window=32"]
+    flags += ["--config.max_tokens=500", *(f"--{name}={place / names[name]}" for name in texts)]
+    script = [sys.executable, str(ROOT / "train_predictor.py"), f"--config={ROOT}/configs/predictor.py"]
+    done = subprocess.run([*script, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "activation log of another version" in done.stderr.splitlines()[-1]
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == bool(said) and all(said in line and line.endswith("; give your own") for line in warnings)
+
+
 def test_another_scripts_config_is_refused_in_one_line():
     script = [sys.executable, str(ROOT / "train_predictor.py"), f"--config={ROOT}/configs/mixtral.py"]
     result = subprocess.run(script, capture_output=True, text=True, timeout=60)

@@ -217,6 +217,11 @@ def main() -> None:
     # Neither what is tested on nor what is chosen on is trained on, whoever ships it.
     exclude = [*chosen_on, *tests, *ours["development"], *ours["held_out"]]
     train_plan = plan("train", sources, max_tokens=c["max_tokens"], exclude=exclude)
+    if train_plan.left_out:
+        print(
+            f"{train_plan.left_out} documents are left out: they share text with what is chosen or tested on",
+            file=sys.stderr,
+        )
     plans = {"train": train_plan, "validation": scored("validation", chosen_on)}
     if variants:
         log, validation = logged(**plans)

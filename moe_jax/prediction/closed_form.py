@@ -231,7 +231,10 @@ def _estimates(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
     if folder is None:
         return np.empty(shape, np.float32)
     with room(folder, resumes=True), tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, 4 * int(np.prod(shape)))  # a full disk says so now
+        size = 4 * int(np.prod(shape))
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk says so now
         return np.memmap(file, np.float32, "r+", shape=shape)
 
 

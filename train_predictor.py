@@ -82,8 +82,8 @@ def main() -> None:
         usage_fit,
     )
     from moe_jax.prediction.activation_log import ActivationLog, room
-    from moe_jax.prediction.closed_form import too_few
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
+    from moe_jax.prediction.regression_rows import too_few
 
     settings = fit.FitConfig(**c["fit"], seed=c["seed"])
     variants = {loss: dataclasses.replace(settings, loss=loss) for loss in ABLATE.value}

@@ -9,7 +9,7 @@ import pytest
 from configs.predictor import get_config
 from moe_jax.checkpoint.families import family
 from moe_jax.model.layers import parameter_counts
-from moe_jax.prediction import closed_form
+from moe_jax.prediction import regression_rows
 from moe_jax.prediction.interface import ModelParts, Spec
 from moe_jax.prediction.learned import Learned
 from tests.families.test_real_sizes import MODELS
@@ -47,7 +47,7 @@ def test_the_closed_form_of_a_large_model_fits_into_2_gb():
         lambda key: LEARNED.init(key, spec, ModelParts(np.zeros(0), np.zeros(0))), jax.random.key(0)
     )
     tables = sum(x.size for x in jax.tree.leaves(network["network"]))
-    rows = T * closed_form.windows_at_once(T, spec)
+    rows = T * regression_rows.windows_at_once(T, spec)
     system = 3 * 2 * (D + E + 1) ** 2  # float64: what is summed up, what is added, factors
     numbers = tables + L * D * D + 3 * rows * L * E + 4 * rows * (D + E + 1) + system
     assert 1e9 < 4 * numbers < 2e9

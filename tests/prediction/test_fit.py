@@ -13,7 +13,7 @@ import pytest
 from configs.predictor import get_config
 from moe_jax.checkpoint.families import family
 from moe_jax.errors import UserError
-from moe_jax.prediction import closed_form, fit, metrics, predictors
+from moe_jax.prediction import closed_form, fit, metrics, predictors, regression_rows
 from moe_jax.prediction.interface import Spec
 from moe_jax.prediction.learned import Inputs, score_windows, window_inputs, window_targets
 from tests.families.test_real_sizes import MODELS
@@ -281,7 +281,7 @@ def solved_by(log, rows):
 
 def test_the_closed_form_of_windows_read_in_parts_is_that_of_all_at_once(logs, monkeypatch):
     whole = solved_by(logs[0], np.arange(40))
-    monkeypatch.setattr(closed_form, "MOST", 7 * 16 * SPEC.num_layers * SPEC.num_experts)  # 7 windows at once
+    monkeypatch.setattr(regression_rows, "MOST", 7 * 16 * SPEC.num_layers * SPEC.num_experts)  # 7 windows at once
     in_parts = solved_by(logs[0], np.arange(40))
     inputs = window_inputs(SPEC.norm_eps, logs[0].read(range(40)), closed_form.rows_of(logs[0], 20))
     score = jax.jit(lambda solved: score_windows(closed_form.unwhiten(*solved), inputs, SPEC.top_k)[0])
@@ -296,18 +296,18 @@ def test_a_large_model_has_tokens_for_its_unknowns_where_the_log_has_them():
     large, unknowns, T = Spec.of(a, 8), a.d_model + a.num_experts + 1, 256
     counted = lambda count, spec: (
         windows(count, T),
-        len(closed_form.rows_seen(np.arange(count), windows(count, T), spec)),
+        len(regression_rows.rows_seen(np.arange(count), windows(count, T), spec)),
     )
     plan, seen = counted(2400, large)
-    assert 20 * unknowns <= seen * (T - 2) < 30 * unknowns and closed_form.too_few(plan, large) is None
+    assert 20 * unknowns <= seen * (T - 2) < 30 * unknowns and regression_rows.too_few(plan, large) is None
     plan, seen = counted(100, large)
     assert seen == 100
-    said = closed_form.too_few(plan, large)
+    said = regression_rows.too_few(plan, large)
     assert said and "25,400 tokens for the 2,177 unknowns" in said and "--config.max_tokens" in said
     assert counted(2400, SPEC)[1] == 480  # enough of them: one window of 5, as ever
 
 
 def test_estimates_that_the_disk_does_not_take_are_one_line(logs, monkeypatch):
-    monkeypatch.setattr(closed_form, "MOST", 7 * 16 * SPEC.num_layers * SPEC.num_experts)
+    monkeypatch.setattr(regression_rows, "MOST", 7 * 16 * SPEC.num_layers * SPEC.num_experts)
     with files_of_at_most(5000), pytest.raises(UserError, match="cannot be written .*free some space"):
         solved_by(logs[0], np.arange(40))

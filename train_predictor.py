@@ -63,8 +63,6 @@ def main() -> None:
     if absent := sorted(FIELDS - c.keys()):
         raise UserError(f"the config lacks {', '.join(absent)}; see configs/predictor.py")
 
-    from moe_jax.prediction.regression_rows import too_few
-
     from moe_jax.config import Config
     from moe_jax.inference import activations
     from moe_jax.inference.session import Model, shipped
@@ -85,6 +83,7 @@ def main() -> None:
     )
     from moe_jax.prediction.activation_log import ActivationLog, room
     from moe_jax.prediction.interface import ModelParts, Spec, fingerprint
+    from moe_jax.prediction.regression_rows import too_few
 
     settings = fit.FitConfig(**c["fit"], seed=c["seed"])
     variants = {loss: dataclasses.replace(settings, loss=loss) for loss in ABLATE.value}

@@ -21,9 +21,7 @@ from moe_jax.checkpoint.converted import Converted
 from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.bank import Transfer
 from moe_jax.offload.buffers import Buffers
-
-SLICE_BYTES = 1 << 21
-"""Most bytes read at once: what a demand may have to wait for. Smaller reads cost threads more turns than they win."""
+from moe_jax.offload.settings import Settings
 
 
 class DiskBank:
@@ -35,10 +33,11 @@ class DiskBank:
       aliases: whether arrays are that memory, as on the CPU.
     """
 
-    def __init__(self, checkpoint: Converted, slice_bytes: int = SLICE_BYTES, sharers: int = 1):
+    def __init__(self, checkpoint: Converted, slice_bytes: int = Settings.slice_bytes, sharers: int = 1):
         """
         Args:
-          slice_bytes: most bytes of one read, a multiple of 4096.
+          slice_bytes: most bytes of one read, a multiple of 4096: what a demand may have to wait for. Smaller ones cost
+            threads more turns than they win.
           sharers: threads that are to find shares in every expert of more than one slice, as equal as pages allow.
         """
         assert slice_bytes % BLOCK_ALIGN == 0, slice_bytes

@@ -25,6 +25,7 @@ PUT_SIZES = tuple(64 * KIB * 4**i for i in range(6))  # 64 KiB to 64 MiB
 PUT_LIST = 8  # arrays of one call
 SLICES = (256 * KIB, MIB, 4 * MIB, 8 * MIB)
 THREADS = (1, 2, 4)
+ARENA_BYTES = 32 * MIB  # that each thread reads into, in turn: as long as a run's, and like it on huge pages
 ROUNDS = 3
 NEAR = 0.9  # what gives this share of the best bandwidth is as good as the best
 CLEARLY = 0.1  # hidden share by which another way must be better than the backend's default
@@ -141,15 +142,19 @@ def reads(file: Path, seconds: float) -> list[Read]:
         if error.errno != errno.EINVAL:
             raise
         handle, direct = os.open(file, os.O_RDONLY), False  # this file system has no O_DIRECT
+    memory = pages(max(THREADS) * ARENA_BYTES)
+    np.frombuffer(memory, np.uint8)[::BLOCK] = 1  # no read should wait for pages that are new
+    arenas = [memoryview(memory)[i * ARENA_BYTES : (i + 1) * ARENA_BYTES] for i in range(max(THREADS))]
     try:
         size = os.fstat(handle).st_size // BLOCK * BLOCK
-        ways = [(nbytes, threads) for threads in THREADS for nbytes in SLICES]
+        ways = [(nbytes, arenas[:threads]) for threads in THREADS for nbytes in SLICES]
         rounds = [
             [_read_randomly(handle, size, *way, seconds / ROUNDS, direct, seed) for way in ways]
             for seed in range(ROUNDS)
         ]
         # Whatever else reads meanwhile only slows a round down.
-        return [Read(*way, max(rates)) for way, rates in zip(ways, zip(*rounds, strict=True), strict=True)]
+        best = map(max, zip(*rounds, strict=True))
+        return [Read(nbytes, len(own), rate) for (nbytes, own), rate in zip(ways, best, strict=True)]
     finally:
         os.close(handle)
 
@@ -160,24 +165,29 @@ def choose(platform: str, put: Sequence[Put], overlap: Sequence[Overlap], read: 
     issue_mode: the default of the platform, unless the other way hides clearly more, both computes taken together.
     inline_quota_bytes: what the link moves at its best in the time that the smallest copy takes: with so much in flight
       it does not wait for the next call. A demand waits for all of it.
-    read_threads, slice_bytes: the fewest threads, then the smallest slice, near the best: a demand waits for one.
+    read_threads, then slice_bytes: the default if it is near the best, otherwise the least that is: a demand waits for
+      one slice. Beside compute a second thread is worth more than it shows here (see `Settings`).
     """
     hidden = {how: statistics.mean(o.hidden for o in overlap if o.how == how) for how in ("before", "thread")}
     ways: dict[Mode, float] = {"inline": hidden["before"], "thread": hidden["thread"]}
-    default = Settings.default(platform).issue_mode
+    usual = Settings.default(platform)
     best = max(ways, key=lambda mode: ways[mode])
-    mode = best if ways[best] > ways[default] + CLEARLY else default
+    mode = best if ways[best] > ways[usual.issue_mode] + CLEARLY else usual.issue_mode
     latency, rate = min(p.seconds for p in put), max(p.bytes_per_s for p in put)
     quota = round(latency * rate) if mode == "inline" else 0
     good = _near(read, lambda r: r.bytes_per_s)
-    threads = min(r.threads for r in good)
-    slice_bytes = min(r.slice_bytes for r in good if r.threads == threads)
+    threads = _usual_or_least(usual.read_threads, [r.threads for r in good])
+    slice_bytes = _usual_or_least(usual.slice_bytes, [r.slice_bytes for r in good if r.threads == threads])
     return Settings(mode, threads, slice_bytes, quota)
 
 
 def _near(found: Sequence[Any], rate: Callable[[Any], float]) -> list[Any]:
     best = max(map(rate, found))
     return [x for x in found if rate(x) >= NEAR * best]
+
+
+def _usual_or_least(usual: int, good: Sequence[int]) -> int:
+    return usual if usual in good else min(good)
 
 
 def _memories() -> tuple[SingleDeviceSharding, SingleDeviceSharding]:
@@ -225,19 +235,23 @@ def _in_turn(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, f
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def _read_randomly(handle: int, size: int, nbytes: int, threads: int, seconds: float, direct: bool, seed: int) -> float:
+def _read_randomly(
+    handle: int, size: int, nbytes: int, arenas: list[memoryview], seconds: float, direct: bool, seed: int
+) -> float:
+    """Bytes per second of one thread for each arena."""
     end = time.perf_counter() + seconds
 
     def reader(thread: int) -> int:
-        rng, memory, done = np.random.default_rng((seed, thread)), pages(nbytes), 0
+        rng, done, at = np.random.default_rng((seed, thread)), 0, 0
         while not done or time.perf_counter() < end:
             offset = int(rng.integers((size - nbytes) // BLOCK + 1)) * BLOCK
             if not direct:
                 os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
-            done += os.preadv(handle, [memory], offset)
+            done += os.preadv(handle, [arenas[thread][at : at + nbytes]], offset)
+            at = (at + nbytes) % ARENA_BYTES
         return done
 
     began = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        total = sum(pool.map(reader, range(threads)))
+    with ThreadPoolExecutor(len(arenas)) as pool:
+        total = sum(pool.map(reader, range(len(arenas))))
     return total / (time.perf_counter() - began)

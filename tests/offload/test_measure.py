@@ -67,14 +67,15 @@ def test_keeps_just_enough_in_flight(rates, quota):
 @pytest.mark.parametrize(
     "table, threads, size",
     [
-        ([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]], 1, SLICES[0]),
-        ([[0.3, 0.8, 0.9], [0.5, 1.2, 1.25], [0.8, 1.2, 1.3], [1.0, 1.3, 1.3]], 2, SLICES[1]),
-        ([[0.3, 0.8, 1.6], [0.5, 1.2, 2.2], [0.8, 1.2, 2.3], [1.0, 1.3, 2.3]], 4, SLICES[1]),
-        ([[0.3, 0.8, 1.3], [0.5, 1.0, 1.3], [0.8, 1.25, 1.3], [1.0, 1.3, 1.3]], 2, SLICES[2]),
-        ([[0.1, 0.1, 0.1], [0.2, 0.2, 0.2], [0.3, 0.3, 0.3], [1.0, 1.0, 1.0]], 1, SLICES[3]),
+        ([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]], 2, 4 * MIB),
+        ([[0.3, 0.8, 0.9], [0.5, 1.2, 1.25], [0.8, 1.2, 1.3], [1.0, 1.3, 1.3]], 2, 4 * MIB),
+        ([[0.3, 0.8, 1.6], [0.5, 1.2, 2.2], [0.8, 1.2, 2.0], [1.0, 1.3, 2.3]], 4, MIB),
+        ([[0.3, 0.8, 1.3], [0.5, 1.0, 1.3], [0.8, 1.1, 1.3], [1.0, 1.3, 1.3]], 2, 8 * MIB),
+        ([[0.1, 0.1, 0.1], [0.2, 0.2, 0.2], [0.3, 0.3, 0.3], [1.0, 1.0, 1.0]], 2, 8 * MIB),
+        ([[1.3, 1.0, 1.0], [1.3, 1.0, 1.0], [1.1, 1.0, 1.0], [1.1, 1.0, 1.0]], 1, SLICES[0]),
     ],
 )
-def test_chooses_the_least_that_is_near_the_best(table, threads, size):
+def test_chooses_the_default_if_it_is_near_the_best_and_else_the_least_that_is(table, threads, size):
     settings = choose("cpu", puts(1), overlaps(0, 0, 1), reads(table))
     assert (settings.read_threads, settings.slice_bytes) == (threads, size) and not settings.fault()
 

@@ -20,7 +20,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_defaults_where_the_probe_never_ran():
-    assert Settings.load("cpu") == Settings("thread", 2, 2**21, 0)
+    assert Settings.load("cpu") == Settings("thread", 2, 2**22, 0)
     for platform in ("gpu", "tpu"):
         settings = Settings.load(platform)
         assert settings.issue_mode == "inline" and settings.inline_quota_bytes > 0 and not settings.fault()

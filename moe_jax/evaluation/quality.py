@@ -26,6 +26,7 @@ from moe_jax.inference.state import DecodeState, Record
 from moe_jax.model.architecture import Routing
 from moe_jax.model.decoder import Routed
 from moe_jax.model.experts import ExpertSource
+from moe_jax.model.platforms import reproducible
 from moe_jax.offload.source import OffloadedExperts
 from moe_jax.trace import Trace
 
@@ -210,7 +211,7 @@ def recall_by_layer(
     return [float(h / n) if n else None for h, n in zip(watching.hits, watching.asked, strict=True)]
 
 
-@jax.jit
+@reproducible()
 def score(p: jax.Array, q: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     """Weighted sums over rows of KL(p || q), -log q of the target, equal choices, and 1, from logits [B, V]."""
     log_p, log_q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)

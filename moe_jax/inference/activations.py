@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 
 from moe_jax.inference.engine import Engine
 from moe_jax.model.decoder import Routed
+from moe_jax.model.platforms import reproducible
 from moe_jax.prediction.activation_log import ActivationLog, Activations, Outputs, half, not_finite
 
 BATCH = 8  # windows that go through the model together: `Config.prefill_chunk` of BATCH windows runs them as one
@@ -76,7 +76,7 @@ def run_windows(engine: Engine, log: ActivationLog, rows: Sequence[int] | np.nda
     return Activations(*[embedding, *joined, lengths[: len(rows)]]), Outputs(summed, counts)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@reproducible(static_argnums=0)
 def _sum_by_expert(num_experts: int, outputs: jax.Array, ids: jax.Array, real: jax.Array) -> jax.Array:
     """Sums float32 [E, D] of outputs [R * K, D] over the real rows, by the expert that gave them."""
     hot = jax.nn.one_hot(ids, num_experts) * real[:, None, None]  # [R, K, E]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from moe_jax.checkpoint.bank_file import write_durably
 from moe_jax.checkpoint.hf import reading
 from moe_jax.errors import UserError
+from moe_jax.model.platforms import reproducible
 from moe_jax.outputs import room
 from moe_jax.prediction.activation_log import ActivationLog, Activations
 from moe_jax.prediction.interface import Features, Spec, multi_hot
@@ -45,7 +45,7 @@ def fit(name: str, params: Any, spec: Spec, log: ActivationLog, windows: np.ndar
     return np.where(known, GRID[total.argmin(1)], default_sharpness(spec)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@reproducible(static_argnums=(0, 1))
 def _losses(name: str, spec: Spec, params: Any, a: Activations) -> jax.Array:
     """Sums of the cross-entropy of membership, float32 [L + 1, G, H], for every sharpness of the grid."""
     L, E, H = spec.num_layers, spec.num_experts, spec.horizon

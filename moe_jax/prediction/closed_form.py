@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from moe_jax.model.platforms import reproducible
 from moe_jax.outputs import room
 from moe_jax.prediction.activation_log import ActivationLog, Activations, not_finite
 from moe_jax.prediction.interface import Spec
@@ -277,7 +278,7 @@ def unwhiten(network: dict[str, jax.Array], basis: Mapping[str, Any]) -> dict[st
     }
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="steps")
+@reproducible(static_argnums=0, static_argnames="steps")
 def calibrate(
     spec: Spec, network: dict[str, Any], basis: Any, row: jax.Array, a: Activations, steps: int = 60
 ) -> dict[str, Any]:

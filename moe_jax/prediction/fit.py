@@ -11,7 +11,6 @@ the losses, the closed form and the looks at the validation windows, which choos
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from absl import logging
 
 from moe_jax.config import choices
 from moe_jax.errors import UserError
+from moe_jax.model.platforms import reproducible
 from moe_jax.outputs import claim, room
 from moe_jax.prediction import losses
 from moe_jax.prediction.activation_log import ActivationLog, Activations
@@ -197,7 +197,7 @@ def fit(
         logging.warning("step %d of %d is kept: %s; lower --config.fit.learning_rate", best["step"], c.steps, what)
     # Scale and shift follow slowly while the logits under them improve.
     network = calibrate(spec, best["network"], state["basis"], state["row"], _few(c, log))
-    network = jax.jit(unwhiten)(network, state["basis"]) | {"row": jnp.asarray(state["row"])}
+    network = reproducible()(unwhiten)(network, state["basis"]) | {"row": jnp.asarray(state["row"])}
     return params_of(network, spec), {name: float(best[name]) for name in ("recall", "loss", "step")}
 
 
@@ -231,7 +231,7 @@ def _best(recall: float, loss: float, step: int, network: dict[str, Any]) -> dic
     return numbers | {"step": np.array(step, np.int32), "network": network}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@reproducible(static_argnums=(0, 1, 2, 3))
 def _update(
     schedule: Schedule, loss: str, dtype: str, spec: Spec, state: dict[str, Any], a: Activations
 ) -> tuple[dict[str, Any], jax.Array]:
@@ -249,7 +249,7 @@ def _update(
     return state | {"step": state["step"] + 1, "network": network, "optimizer": optimizer_state}, value
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@reproducible(static_argnums=(0, 1))
 def _sums(loss: str, spec: Spec, state: dict[str, Any], a: Activations) -> jax.Array:
     """Of all known targets of some windows: their number, their recall and their loss, float32 [3]."""
     inputs, wanted = window_inputs(spec.norm_eps, a, state["row"]), losses.wanted(spec, a)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.model.platforms import reproducible
 from moe_jax.prediction.activation_log import ActivationLog, Activations
 from moe_jax.prediction.interface import Features, Predictor, Spec, multi_hot
 
@@ -78,7 +79,7 @@ def evaluate(
     """
     rows = np.arange(len(log.windows.tokens)) if windows is None else np.asarray(windows)
     state = predictor.init_state(spec, batch)
-    run = jax.jit(lambda state, activations: _run(predictor, params, spec, state, activations))
+    run = reproducible()(lambda state, activations: _run(predictor, params, spec, state, activations))
     total: Any = 0.0
     for start in range(0, len(rows), batch):
         part = log.read(rows[start : start + batch])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from moe_jax.model.platforms import reproducible
 from moe_jax.offload.history import FADING, SCALES, pace, plain
 from moe_jax.prediction.activation_log import ActivationLog
 from moe_jax.prediction.interface import Array, Spec
@@ -102,10 +102,10 @@ def _sums_fn(num_experts: int, usage: Usage | None, ids: jax.Array, lengths: jax
     return jnp.stack([value.sum(), counts.sum() * wanted.shape[-1]])
 
 
-_sums = jax.jit(_sums_fn, static_argnums=0)
+_sums = reproducible(static_argnums=0)(_sums_fn)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@reproducible(static_argnums=0)
 def _update(num_experts: int, usage: Usage, state: Any, ids: jax.Array, lengths: jax.Array) -> Any:
     """One gradient step: network, optimizer's state, and the loss before it."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -21,6 +20,7 @@ from moe_jax.checkpoint.families import mixtral
 from moe_jax.checkpoint.hf import reading
 from moe_jax.errors import UserError
 from moe_jax.model.architecture import Architecture
+from moe_jax.model.platforms import reproducible
 from moe_jax.outputs import claim, room
 from moe_jax.prediction.scalars import JsonLines
 from moe_jax.training import corpus, lm
@@ -152,14 +152,14 @@ def train(c: TrainConfig) -> dict[str, Any]:
     tx = optimizer(c)
     state = {"params": params, "opt": tx.init(params)}
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @reproducible(donate_argnums=0)
     def update(state, rows, balance_loss):
         grad = jax.value_and_grad(lambda p: lm.loss_fn(a, graph, p, rows, c, balance_loss), has_aux=True)
         (_, stats), grads = grad(state["params"])
         updates, opt = tx.update(grads, state["opt"], state["params"])
         return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, stats
 
-    @jax.jit
+    @reproducible()
     def score(params, rows):
         logits, _ = lm.forward(a, graph, params, rows[:, :-1], a.num_experts / a.top_k)  # nothing is dropped
         return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from moe_jax.checkpoint.hf import HFCheckpoint
 from moe_jax.model.layers import Decoder, parameter_counts
+from moe_jax.model.platforms import reproducible
 from moe_jax.training import lm
 
 CONTEXT = 256
@@ -52,7 +53,7 @@ def score_text(checkpoint: HFCheckpoint, text: str, context: int = CONTEXT) -> d
     rows = np.stack([padded[i * context : (i + 1) * context + 1] for i in range(count)])
     real = (np.arange(count * context) < len(ids) - 1).reshape(count, context)
 
-    @jax.jit
+    @reproducible()
     def score(row, mask):
         logits, stats = lm.forward(a, graph, params, row[None, :-1], a.num_experts / a.top_k)  # nothing dropped
         nats = optax.softmax_cross_entropy_with_integer_labels(logits[0], row[1:])

@@ -6,7 +6,7 @@ import pytest
 
 from moe_jax.inference.calls import ExpertCalls
 from moe_jax.model.decoder import Stages
-from moe_jax.model.platforms import jitted
+from moe_jax.model.platforms import jitted, reproducible
 from tests.tiny import TINY
 
 
@@ -42,3 +42,19 @@ def test_a_gpu_takes_no_kernel_that_was_the_fastest_by_chance(monkeypatch):
     assert given["compiler_options"] == {"xla_gpu_autotune_level": 0}
     jitted(product, "tpu", jnp.bfloat16)
     assert given["compiler_options"] is None
+
+
+def test_fits_add_up_in_one_order_and_in_float32(monkeypatch):
+    lowered, compiled = [], jax.jit
+
+    def watched(function, compiler_options, **options):
+        lowered.append((compiler_options, compiled(function, **options)))
+        return lowered[-1][1]
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    scaled = reproducible(static_argnames="times")(lambda x, y, times=1: product(x, y) * times)
+    monkeypatch.setattr(jax, "jit", watched)
+    ones = jnp.ones((2, 2))
+    assert (scaled(ones, ones, times=3) == 6).all() and (scaled(ones, ones) == 2).all()
+    [(options, function)] = lowered  # compiled for the platform of the first call, and once
+    assert options["xla_gpu_deterministic_ops"] and "HIGHEST" in function.lower(ones, ones).as_text()

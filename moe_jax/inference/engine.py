@@ -138,6 +138,7 @@ class Engine:
                 own = range(first, min(first + CHUNKS, chunks))
                 routed = (call(stages.route, c) for c in own)
                 blocks.append(Block(stages, [*routed], [active[c] for c in own], alone=chunks == 1))
+            self.source.settle()
             ids = np.concatenate([block.ids() for block in blocks])
             ids_by_layer.append(ids.reshape(chunks, B, Tc, -1).swapaxes(0, 1).reshape(B, chunks * Tc, -1))
             needed = unique_in_order(ids, np.concatenate(active))
@@ -159,6 +160,7 @@ class Engine:
 
         # The last token's residual of every row, through the host: the head then is decoding's executable.
         last = np.maximum(lengths - 1, 0)
+        self.source.settle()
         ends = np.stack([np.asarray(x[p // Tc])[row, p % Tc] for row, p in enumerate(last.tolist())])
         logits = stages.head(self.dense, committed(still(ends, a.top_k)))
         seen = np.where(real[None, :, :, None], ids_by_layer, -1)
@@ -298,6 +300,7 @@ class Engine:
           said: a prediction, offered before waiting for one of them.
           ahead: what has been dispatched.
         """
+        self.source.settle()
         ids = np.asarray(told)
         needed = ids[0].tolist() if len(ids) == 1 else unique_in_order(ids, active)
         if self.record:

@@ -112,6 +112,7 @@ class Generation:
                 tokens, times = self._sample(logits, step), self.timing.step_s
             if step + 1 < self.max_new_tokens:
                 engine.enter(tokens, state)
+            engine.source.settle()
             ids, before = np.asarray(tokens), known
             known = time.perf_counter()
             times.append(known - before)

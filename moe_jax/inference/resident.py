@@ -51,6 +51,9 @@ class ResidentExperts:
         row = self._experts[layer]
         return tuple([row[expert] for expert in experts])
 
+    def settle(self) -> None:
+        pass
+
     def release(self, layer: int, experts: Sequence[int], after: jax.Array) -> None:
         pass
 

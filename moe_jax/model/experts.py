@@ -87,7 +87,12 @@ class ExpertSource(Protocol):
         ...
 
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
-        """Blocks until these experts, at most K, are on the device, and pins them."""
+        """Blocks until these experts, at most K, can be computed with, and pins them. They may still be on their way,
+        where the device waits by itself."""
+        ...
+
+    def settle(self) -> None:
+        """To be called before the host waits for what is computed with experts: waits for these, and counts it."""
         ...
 
     def release(self, layer: int, experts: Sequence[int], after: jax.Array) -> None:

@@ -129,6 +129,9 @@ class Decisions:
         """`took`: seconds that its layer would wait for it on demand, where that is not the time since its issue."""
         load = self.store.in_flight[key]
         self.store.commit(key, weights)
+        self._noted(load, took)
+
+    def _noted(self, load: Load, took: float | None) -> None:
         load.t_done = time.perf_counter()
         took = load.t_done - load.t_issue if took is None else took
         self._copy_s = took if not self._copy_s else 0.9 * self._copy_s + 0.1 * took
@@ -141,11 +144,15 @@ class Decisions:
         self._outlook.hold(key, False)
         self._outlook.forget(key)
         if key in self._pending or key in self._wanted:
-            failure = LoadError(f"loading layer {key[0]} expert {key[1]} failed: {error}")
-            failure.__cause__ = error
-            self._failures[key] = failure
+            self._failures[key] = load_error(key, error)
+            self._failures[key].__cause__ = error
 
     def _raise_failures(self) -> None:
         for key in self._wanted:
             if key in self._failures:
                 raise self._failures.pop(key)
+
+
+def load_error(key: Key, error: Exception) -> LoadError:
+    """What the user is told of a copy that failed."""
+    return LoadError(f"loading layer {key[0]} expert {key[1]} failed: {error}")

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.offload.decisions import load_error
 from moe_jax.offload.loader import Loader, wait_for
 from moe_jax.offload.store import is_ready
 from moe_jax.trace import Cause
@@ -16,7 +17,9 @@ from moe_jax.trace import Cause
 class InlineLoader(Loader):
     """Issues asynchronous copies in `request`, `offer` and `take`: that is, before the computation they hide behind.
 
-    Copies run in the order of issue, so that speculation may queue behind the demands of this layer.
+    Copies run in the order of issue, so that speculation may queue behind the demands of this layer. `take` hands out
+    arrays whose copies are still under way: the device waits for them by itself, and the host dispatches meanwhile what
+    is to follow.
     """
 
     lends = False  # what a layer will demand might have to wait for what is dispatched before
@@ -27,12 +30,26 @@ class InlineLoader(Loader):
         self._guesses = max(1, quota_bytes // self.store.expert_bytes)
         # Arrays, when they had been issued, and not to be noticed before this time.
         self._flights: dict[Key, tuple[ExpertWeights, float, float]] = {}
+        self._handed: dict[Key, tuple[ExpertWeights, float]] = {}  # taken while in flight: arrays, and when issued
         self._link_free = 0.0
 
     def close(self) -> None:
         """Waits for nothing: arrays in flight are dropped."""
         super().close()
         self._flights.clear()
+        self._handed.clear()
+
+    def settle(self) -> float:
+        """Blocks until what was taken is on the device; returns the seconds blocked."""
+        if not self._handed:
+            return 0.0
+        with self._lock:
+            began = time.perf_counter()
+            for key in list(self._handed):
+                self._see_arrive(key)
+            stall = time.perf_counter() - began
+            self.benefit.stalled(stall)
+            return stall
 
     def _kick(self) -> None:
         self._poll()
@@ -61,7 +78,8 @@ class InlineLoader(Loader):
                 return
             key = self._next_demand()
             if key not in self._wanted:  # all are on their way
-                self._land(next(key for key in self._wanted if key in self._flights))
+                for key in [key for key in self._wanted if key in self._flights]:
+                    self._hand_over(key)
                 continue
             self.store.settle()
             if self.store.has_room(key):
@@ -86,6 +104,33 @@ class InlineLoader(Loader):
             self._link_free = ready
         self._flights[key] = weights, issued, ready
 
+    def _hand_over(self, key: Key) -> None:
+        """What computes with an expert on its way waits for it."""
+        weights, issued, at = self._flights[key]
+        if at:  # it only pretends to take so long
+            self._land(key)
+            return
+        del self._flights[key]
+        self._handed[key] = weights, issued
+        self.store.commit(key, weights)
+
+    def _see_arrive(self, key: Key, most: float = 0.0) -> None:
+        """Waits for an expert that was handed over; `most` as for `_land`."""
+        weights, issued = self._handed.pop(key)
+        load = self.store.resident[key].load
+        try:
+            jax.block_until_ready(weights)
+        except Exception as error:
+            del weights
+            self._evict(key)
+            raise load_error(key, error) from error
+        took = time.perf_counter() - issued
+        self._noted(load, min(took, most) if most else took)
+
+    def _evict(self, key: Key) -> None:
+        self._handed.pop(key, None)
+        super()._evict(key)
+
     def _drop_interrupted(self) -> None:
         super()._drop_interrupted()
         for key in self.store.in_flight.keys() - self._flights.keys():  # Ctrl-C came while it was issued or noticed
@@ -93,6 +138,8 @@ class InlineLoader(Loader):
             self._outlook.hold(key, False)
 
     def _poll(self) -> None:
+        for key in [key for key, (weights, _) in self._handed.items() if _all_ready(weights)]:
+            self._see_arrive(key, self._copy_s)
         if not self._flights:
             return
         now = time.perf_counter()

@@ -88,8 +88,12 @@ class Loader(Decisions):
                 self._kick()
         return outcomes
 
+    def settle(self) -> float:
+        """Blocks until what was taken is on the device; returns the seconds blocked."""
+        return 0.0
+
     def take(self, keys: Sequence[Key]) -> tuple[tuple[ExpertWeights, ...], float]:
-        """Blocks until all keys are on the device, and pins them; returns them and the seconds blocked.
+        """Blocks until all keys can be computed with, and pins them; returns them and the seconds blocked.
 
         Raises:
           LoadError: a copy failed.

@@ -181,7 +181,7 @@ class OffloadedExperts:
         self._loader.give_back(layer, [(layer, expert) for expert in needed], after)
 
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
-        """Blocks until these experts are on the device, and pins them; what was evicted meanwhile is loaded again.
+        """Blocks until these experts can be computed with, and pins them; what was evicted meanwhile is loaded again.
 
         The arrays must not be used for a computation dispatched after `release`: they may be deleted then.
 
@@ -193,6 +193,15 @@ class OffloadedExperts:
         if stall:
             self._loader.trace.stall(stall)
         return weights
+
+    def settle(self) -> None:
+        """Blocks until what was taken is on the device, before the host waits for what is computed with it.
+
+        Raises:
+          LoadError: a copy failed; the text names the expert.
+        """
+        if stall := self._loader.settle():
+            self._loader.trace.stall(stall)
 
     def release(self, layer: int, experts: Sequence[int], after: jax.Array) -> None:
         """Unpins them; `after` (never donated) is ready once the last computation that uses them has completed."""

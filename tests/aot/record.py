@@ -127,6 +127,9 @@ class AbstractSource:
     def take(self, layer: int, experts: Sequence[int]) -> tuple[ExpertWeights, ...]:
         return (self._expert,) * len(experts)
 
+    def settle(self) -> None:
+        pass
+
     def release(self, layer: int, experts: Sequence[int], after: Any) -> None:
         pass
 

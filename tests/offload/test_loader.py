@@ -7,6 +7,7 @@ import time
 from typing import Any, cast
 
 import jax
+import numpy as np
 import pytest
 
 from moe_jax.errors import LoadError
@@ -323,6 +324,61 @@ def test_inline_a_copy_takes_what_its_layer_would_wait_for(opened):
     time.sleep(0.6)  # it has arrived long before it is noticed
     s.request(1, [1])
     assert s._loader._copy_s < before + 1e-6
+
+
+def on_its_way(weights):
+    """The same arrays, a few tenths of a second later: a computation that the device has only begun."""
+    return jax.tree.map(lambda x: _later(x, np.full((1000, 1000), 1e-3, np.float32)), weights)
+
+
+@jax.jit
+def _later(x, square):
+    spent = jax.lax.fori_loop(0, 30, lambda _, y: y @ square, square)
+    return jax.numpy.where(spent[0, 0] < 0, 0.0, x)
+
+
+def test_inline_hands_out_what_is_on_its_way_and_waits_only_when_the_host_has_to(opened):
+    bank = WatchedBank(8)
+    s = opened(bank, 8, "inline")
+    jax.block_until_ready(on_its_way(BANK.copy((0, 0))))  # compiled
+    copy = bank.copy
+    bank.copy = lambda key: on_its_way(copy(key))
+    s.request(0, [4])
+    [weights] = s.take(0, [4])
+    stalled = lambda: s.trace.steps()[-1].stall_s
+    assert not weights.down.is_ready() and stalled() < 0.02
+    twice = jax.numpy.add(weights.down, weights.down)  # the device waits by itself
+    s.release(0, [4], twice)
+    load = s.trace.loads[-1]
+    assert not load.t_done and s.ready(0, [4])
+    s.settle()
+    assert weights.down.is_ready() and stalled() > 0.02 and s._loader._copy_s > 0.02 and load.t_done
+    assert s._loader.benefit._stall == pytest.approx(stalled())
+    check_contents((0, 4), weights)
+    s.settle()
+    assert len(s.trace.loads) == 1 and not s._loader._handed
+    # Noticed without settling too, and forgotten with what leaves before it is noticed.
+    s.request(0, [3])
+    s.release(0, [3], s.take(0, [3])[0].down)
+    eventually(lambda: s._loader._poll() or s.trace.loads[-1].t_done)
+    s.request(0, [2])
+    s.release(0, [2], s.take(0, [2])[0].down)
+    within(5, s._loader.make_room, 8)
+    assert not s._loader._handed and s.store.used_bytes == 0
+    s.settle()
+
+
+def test_inline_a_copy_that_fails_on_its_way_is_named_and_can_be_had_again(opened, monkeypatch):
+    s = opened(WatchedBank(2), 2, "inline")
+    with monkeypatch.context() as patch:
+        patch.setattr("moe_jax.offload.inline._all_ready", lambda weights: False)
+        s.request(1, [3])
+        s.release(1, [3], s.take(1, [3])[0].down)
+        patch.setattr(jax, "block_until_ready", lambda weights: 1 / 0)
+        with pytest.raises(LoadError, match="loading layer 1 expert 3 failed: division by zero"):
+            s.settle()
+    within(5, s.settle)
+    assert use(s, 1, [3]) == ("missed",)
 
 
 @BOTH

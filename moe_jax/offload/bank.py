@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.model.architecture import Architecture
 from moe_jax.model.experts import ExpertWeights, Key
+from moe_jax.offload.copies import to_device
 
 
 class Transfer(Protocol):
@@ -123,7 +124,7 @@ class HostBank:
 
     def copy(self, key: Key) -> ExpertWeights:
         """Starts a real copy into new device arrays; one call for all parts halves the price of each."""
-        return jax.device_put(self._experts[key], self._device)
+        return to_device(self._experts[key], self._device)
 
     def start(self, key: Key) -> Transfer:
         """The same copy, for a thread that waits for it."""

@@ -41,7 +41,7 @@ class Decisions:
         self._wanted: dict[Key, None] = {}  # what a `take` blocks on
         self._failures: dict[Key, LoadError] = {}
         self._layer = self._need = 0  # the layer that runs, and the number of its experts
-        self._copy_s = 0.0  # moving average; 0: unknown
+        self._copy_s = 0.0  # moving average of what a load costs the layer that waits for it; 0: unknown
 
     def _classify(self, key: Key) -> Outcome:
         entry = self.store.resident.get(key)
@@ -134,7 +134,7 @@ class Decisions:
     def _noted(self, load: Load, took: float | None) -> None:
         load.t_done = time.perf_counter()
         took = load.t_done - load.t_issue if took is None else took
-        self._copy_s = took if not self._copy_s else 0.9 * self._copy_s + 0.1 * took
+        self._copy_s = 0.9 * self._copy_s + 0.1 * took if self._copy_s else max(took, 1e-9)  # it may have cost nothing
 
     def _fail(self, key: Key, error: Exception) -> None:
         """A demanded expert's failure waits for its `take`; a speculated one's only ends the speculation."""

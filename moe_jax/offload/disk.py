@@ -21,6 +21,7 @@ from moe_jax.checkpoint.converted import Converted
 from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.bank import Transfer
 from moe_jax.offload.buffers import Buffers
+from moe_jax.offload.copies import to_device
 from moe_jax.offload.settings import Settings
 
 
@@ -100,7 +101,7 @@ class DiskBank:
             return self.aliasing(key, memory) if prepared is None else prepared
         weights = self._checkpoint.expert_views(*key, memory)  # through pinned memory to the device
         pinned = jax.block_until_ready(jax.device_put(weights, self._pinned))
-        return jax.block_until_ready(jax.device_put(pinned, self._device))
+        return jax.block_until_ready(to_device(pinned, self._device))
 
     def aliasing(self, key: Key, memory: np.ndarray) -> ExpertWeights:
         """On the CPU: arrays that are this memory, whatever will be in it."""

@@ -11,7 +11,7 @@ from moe_jax.model.experts import ExpertWeights, Key
 from moe_jax.offload.decisions import load_error
 from moe_jax.offload.loader import Loader, wait_for
 from moe_jax.offload.store import is_ready
-from moe_jax.trace import Cause
+from moe_jax.trace import Cause, Load
 
 
 class InlineLoader(Loader):
@@ -30,7 +30,7 @@ class InlineLoader(Loader):
         self._guesses = max(1, quota_bytes // self.store.expert_bytes)
         # Arrays, when they had been issued, and not to be noticed before this time.
         self._flights: dict[Key, tuple[ExpertWeights, float, float]] = {}
-        self._handed: dict[Key, tuple[ExpertWeights, float]] = {}  # taken while in flight: arrays, and when issued
+        self._handed: dict[Key, ExpertWeights] = {}  # taken while in flight
         self._link_free = 0.0
 
     def close(self) -> None:
@@ -45,9 +45,10 @@ class InlineLoader(Loader):
             return 0.0
         with self._lock:
             began = time.perf_counter()
-            for key in list(self._handed):
-                self._see_arrive(key)
+            loads = [self._see_arrive(key) for key in list(self._handed)]
             stall = time.perf_counter() - began
+            for load in loads:  # what each has cost its layer
+                self._noted(load, stall / len(loads))
             self.benefit.stalled(stall)
             return stall
 
@@ -106,26 +107,24 @@ class InlineLoader(Loader):
 
     def _hand_over(self, key: Key) -> None:
         """What computes with an expert on its way waits for it."""
-        weights, issued, at = self._flights[key]
+        weights, _, at = self._flights[key]
         if at:  # it only pretends to take so long
             self._land(key)
             return
         del self._flights[key]
-        self._handed[key] = weights, issued
+        self._handed[key] = weights
         self.store.commit(key, weights)
 
-    def _see_arrive(self, key: Key, most: float = 0.0) -> None:
-        """Waits for an expert that was handed over; `most` as for `_land`."""
-        weights, issued = self._handed.pop(key)
-        load = self.store.resident[key].load
+    def _see_arrive(self, key: Key) -> Load:
+        """Waits for an expert that was handed over."""
+        weights, load = self._handed.pop(key), self.store.resident[key].load
         try:
             jax.block_until_ready(weights)
         except Exception as error:
             del weights
             self._evict(key)
             raise load_error(key, error) from error
-        took = time.perf_counter() - issued
-        self._noted(load, min(took, most) if most else took)
+        return load
 
     def _evict(self, key: Key) -> None:
         self._handed.pop(key, None)
@@ -138,8 +137,8 @@ class InlineLoader(Loader):
             self._outlook.hold(key, False)
 
     def _poll(self) -> None:
-        for key in [key for key, (weights, _) in self._handed.items() if _all_ready(weights)]:
-            self._see_arrive(key, self._copy_s)
+        for key in [key for key, weights in self._handed.items() if _all_ready(weights)]:
+            self._noted(self._see_arrive(key), 0.0)
         if not self._flights:
             return
         now = time.perf_counter()

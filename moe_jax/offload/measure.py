@@ -18,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.memory import pages
 from moe_jax.model.primitives import linear
+from moe_jax.offload.copies import to_device
 from moe_jax.offload.settings import BLOCK, Mode, Settings
 
 KIB, MIB = 2**10, 2**20
@@ -79,7 +80,7 @@ def puts(seconds: float) -> list[Put]:
     for count in (1, PUT_LIST):
         for size in (s for s in PUT_SIZES if s * count <= PUT_SIZES[-1]):
             arrays = [jax.device_put(_numbers(size), host) for _ in range(count)]
-            put = lambda arrays=arrays: jax.block_until_ready(jax.device_put(arrays, device))
+            put = lambda arrays=arrays: jax.block_until_ready(to_device(arrays, device))
             found.append(Put(size * count, count, _median(put, seconds)))
     return found
 
@@ -88,7 +89,7 @@ def overlaps(seconds: float, total: int = 32 * MIB) -> list[Overlap]:
     """Every way to issue a copy of `total` bytes, an expert's two matrices, beside each kind of compute; medians."""
     device, host = _memories()
     arrays = [jax.device_put(_numbers(total // 2), host) for _ in range(2)]
-    put = lambda: jax.device_put(arrays, device)
+    put = lambda: to_device(arrays, device)
     wait = jax.block_until_ready
     copy_s = _median(lambda: wait(put()), seconds / 5)
     found = []

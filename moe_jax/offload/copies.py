@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import core
 from jax.sharding import SingleDeviceSharding
 
 try:  # what `device_put` itself comes to, in jax 0.10 and 0.11
@@ -41,4 +42,4 @@ def to_device(arrays: Any, sharding: SingleDeviceSharding) -> Any:
 def _said_of(shape: tuple[int, ...], dtype: Any, sharding: SingleDeviceSharding) -> Callable[[Any], jax.Array]:
     """Makes what was copied an array that says of itself what `device_put`'s do: else it would say that it is where it
     was copied from."""
-    return _as_array(jax.core.ShapedArray(shape, dtype), sharding, True)
+    return _as_array(core.ShapedArray(shape, dtype), sharding, True)

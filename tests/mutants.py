@@ -302,6 +302,22 @@ MUTANTS = {
     "a copy is as slow as it is late noticed": Mutant(
         "moe_jax/offload/inline.py", {"min(took, most) if most else took": "took"}, OFFLOAD
     ),
+    "the host waits for a copy that the device could wait for": Mutant(
+        "moe_jax/offload/inline.py", {"        if at:  # it only": "        if True:  # it only"}, OFFLOAD
+    ),
+    "a copy that nothing waited for has cost its layer its length": Mutant(
+        "moe_jax/offload/inline.py", {"self._noted(load, stall / len(loads))": "self._noted(load, None)"}, OFFLOAD
+    ),
+    "waiting for what was taken is not counted": Mutant(
+        "moe_jax/inference/engine.py",
+        {"        self.source.settle()\n        ids = np.asarray(told)": "        ids = np.asarray(told)"},
+        "tests/inference/test_engine.py",
+    ),
+    "an array says that it is where it was copied from": Mutant(
+        "moe_jax/offload/copies.py",
+        {"[_said_of(x.shape, x.dtype, sharding)(x) for x in made]": "made"},
+        "tests/offload/test_copies.py",
+    ),
     "to issue a copy counts as waiting for it": Mutant(
         "moe_jax/offload/inline.py",
         {"ready, issued = 0.0, time.perf_counter()": "ready, issued = 0.0, load.t_issue"},

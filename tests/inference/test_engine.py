@@ -225,6 +225,36 @@ class Lending(Watched):
         return super().take(layer, experts)
 
 
+class Watching(ResidentExperts):
+    """Notes what is asked of it."""
+
+    def __init__(self, checkpoint):
+        super().__init__(checkpoint)
+        self.calls = []
+
+    def request(self, layer, experts, by_token=None):
+        self.calls.append(("request", layer))
+        return super().request(layer, experts, by_token)
+
+    def take(self, layer, experts):
+        self.calls.append(("take", layer))
+        return super().take(layer, experts)
+
+    def settle(self):
+        self.calls.append(("settle", -1))
+
+
+def test_what_was_taken_is_waited_for_only_before_the_next_choice_is_read(model):
+    directory, a, plain = model
+    source = Watching(HFCheckpoint(directory))
+    greedy(Engine(plain.stages, plain.dense, source), prompts([5]), 2)
+    kinds = [kind for kind, _ in source.calls]
+    layers = ["settle", "request", "take"]
+    per_step = [k for i, k in enumerate(kinds) if k != "take" or kinds[i - 1] != "take"]
+    # After the last layer of a prompt its last token's row is read; after that of a step the caller reads.
+    assert per_step == layers * a.num_moe_layers + ["settle"] + 2 * (layers * a.num_moe_layers)
+
+
 @on_a_cpu
 @pytest.mark.parametrize("predicted", [False, True])
 @pytest.mark.parametrize("held", HELD)

@@ -85,7 +85,7 @@ MUTANTS = {
     ),
     "two experts swapped in the bank": Mutant(
         "moe_jax/offload/bank.py",
-        {"put(self._experts[key],": "put(self._experts[key[0], {0: 1, 1: 0}.get(key[1], key[1])],"},
+        {"device(self._experts[key],": "device(self._experts[key[0], {0: 1, 1: 0}.get(key[1], key[1])],"},
         LOSSLESS,
     ),
     "staging buffer reused while alive": Mutant(

@@ -113,6 +113,7 @@ class SourceMachine(RuleBasedStateMachine):
             return
         if self.taken:
             self.release(0.0)
+        within(5, self.source.settle)  # what is handed out on its way has arrived too
         within(5, self.source.close)
         trace, store = self.source.trace, self.source.store
         done = [load for load in trace.loads if load.t_done is not None]
